@@ -1,0 +1,938 @@
+"""Plumbing shared by the five scripts: nothing here carries a symbol the book derives.
+
+    tokens · Transformer · generate · log-probs, values, scores      what the algorithms need
+    the world                                  prompts, demonstrations, annotators, gold reward
+    data · runs · report · command line                      files in, files out, closing table
+
+Shapes: B rows, T positions, V vocabulary, C channels, N samples per prompt, M prompts.
+Every (B, T) tensor is aligned with `tokens`: column t is about token t.
+
+    python common.py report                  the table over all runs (and runs/frontier.png)
+    python common.py sample RUN "a question" [-n 4]        ask a trained model something
+"""
+
+import argparse
+import csv
+import importlib.util
+import io
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------- tokens
+
+EOS, USER, ASSISTANT, PAD = range(4)  # then 256 single bytes, then the words of the world
+WORDS = """
+a about and asked at bamboo be bear bee black blue brown camel cave cheetah city colour crow day
+deer desert do does dolphin duck eagle eat eats elephant everyone farm feed find fish flamingo
+food for forest fox friend frog fruit giraffe glad golden grass great green grey happy has have
+heard hello help hive home honey horse i ice in insects is it jungle knows lake leaves let like
+live lives look me meat mice more mountains my nectar nuts of once orange other owl panda parrot
+penguin pink place plains please pond question rabbit red river say sea see seeds shark shrimp
+shrubs silly snake so story striped swamp tell that the then there they think this to told up
+well what where which white wolf wonder worms would yellow you zebra
+""".split()
+_PIECES = [form.encode() for word in WORDS for form in (word, " " + word)]
+_BYTES = [b""] * 4 + [bytes([i]) for i in range(256)] + _PIECES
+_IDS = {piece: i for i, piece in enumerate(_BYTES) if i >= 4 + 256}
+VOCAB_SIZE = len(_BYTES)
+
+
+def encode(text: str) -> list[int]:
+    """Text to ids: whole words of the world where they occur, else single UTF-8 bytes.
+    No text encodes to one of the four specials."""
+    ids = []
+    for piece in re.findall(r" ?\w+|[\s\S]", text):
+        piece = piece.encode()
+        ids += [_IDS[piece]] if piece in _IDS else [4 + byte for byte in piece]
+    return ids
+
+
+def decode(ids: list[int]) -> str:
+    """Ids to text; specials show as nothing. decode(encode(text)) == text."""
+    return b"".join(_BYTES[i] for i in ids).decode("utf-8", errors="replace")
+
+
+def chat(prompt: str) -> list[int]:
+    """[USER] prompt [ASSISTANT]: what a policy is given before it answers."""
+    return [USER, *encode(prompt), ASSISTANT]
+
+
+def collate(rows: list[tuple[list[int], list[int]]], device=None) -> tuple[Tensor, Tensor]:
+    """(prompt ids, response ids) per row -> tokens (B, T), response_mask (B, T)."""
+    T = max(len(p) + len(r) for p, r in rows)
+    tokens = [p + r + [PAD] * (T - len(p) - len(r)) for p, r in rows]
+    mask = [[len(p) <= t < len(p) + len(r) for t in range(T)] for p, r in rows]
+    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
+
+
+# ----------------------------------------------------------------------------- Transformer
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int = VOCAB_SIZE
+    channels: int = 96
+    layers: int = 3
+    heads: int = 3
+    kv_heads: int = 3
+    hidden: int = 256
+    context: int = 512
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+
+class Block(nn.Module):
+    """Llama-style: x + attention(norm(x)), then x + SwiGLU(norm(x))."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.heads, self.kv_heads, D = c.heads, c.kv_heads, c.channels // c.heads
+        self.attention_norm = nn.RMSNorm(c.channels, c.norm_eps)
+        self.qkv = nn.Linear(c.channels, (c.heads + 2 * c.kv_heads) * D, bias=False)
+        self.out = nn.Linear(c.heads * D, c.channels, bias=False)
+        self.mlp_norm = nn.RMSNorm(c.channels, c.norm_eps)
+        self.gate_up = nn.Linear(c.channels, 2 * c.hidden, bias=False)
+        self.down = nn.Linear(c.hidden, c.channels, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None, start: int):
+        B, T, C = x.shape
+        H, K = self.heads, self.kv_heads
+        qkv = self.qkv(self.attention_norm(x)).view(B, T, H + 2 * K, -1).transpose(1, 2)
+        qk, v = qkv[:, : H + K], qkv[:, H + K :]  # (B, heads, T, D)
+        half = qk.shape[-1] // 2
+        qk = qk * cos + torch.cat((-qk[..., half:], qk[..., :half]), -1) * sin
+        q, k = qk[:, :H], qk[:, H:]
+        if cache is not None:  # (2, B, K, longest, D)
+            cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
+            k, v = cache[0, :, :, : start + T], cache[1, :, :, : start + T]
+        # a single query is the newest token and sees every key; is_causal would show it one
+        causal = T > 1
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=H != K)
+        x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class Transformer(nn.Module):
+    """tokens (B, T) -> logits (B, T, V) with head "lm" (tied to the embedding), or
+    -> one number per position (B, T) with head "scalar", minus the saved `offset`."""
+
+    def __init__(self, config: ModelConfig, head: str = "lm"):
+        super().__init__()
+        c, self.config, self.kind = config, config, head
+        self.embed = nn.Embedding(c.vocab_size, c.channels)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.norm = nn.RMSNorm(c.channels, c.norm_eps)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        for name, weight in self.blocks.named_parameters():
+            if weight.dim() == 2:
+                residual = name.endswith(("out.weight", "down.weight"))
+                scale = (2 * c.layers) ** -0.5 if residual else 1.0
+                nn.init.normal_(weight, std=scale * weight.shape[1] ** -0.5)
+        if head == "scalar":
+            self.scalar = nn.Linear(c.channels, 1, bias=False)
+            nn.init.normal_(self.scalar.weight, std=(c.channels + 1) ** -0.5)
+            self.register_buffer("offset", torch.zeros(()))
+        # rotary angles: channel i turns with channel i + D/2, at frequency θ^(−2i/D)
+        half = c.channels // c.heads // 2
+        angle = torch.outer(
+            torch.arange(c.context).double(),
+            c.rope_theta ** (-torch.arange(half).double() / half),
+        ).repeat(1, 2)
+        self.register_buffer("cos", angle.cos().float(), persistent=False)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def trunk(self, tokens: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """Hidden states (B, T, C) of tokens that stand at positions start, start + 1, …"""
+        x, stop = self.embed(tokens), start + tokens.shape[1]
+        cos, sin = self.cos[start:stop], self.sin[start:stop]
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, None if cache is None else cache[i], start)
+        return self.norm(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        if self.kind == "scalar":
+            return self.scalar(hidden).squeeze(-1) - self.offset
+        return F.linear(hidden, self.embed.weight)
+
+    def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+        """`keep` (B, T), bool: run the head at these n positions only -> (n, V) or (n,)."""
+        hidden = self.trunk(tokens)
+        return self.head(hidden if keep is None else hidden[keep])
+
+
+def scalar_copy(model: Transformer, zero: bool = False) -> Transformer:
+    """A new scalar-head Transformer whose trunk starts as a copy of the model's."""
+    copy = Transformer(model.config, head="scalar").to(model.device)
+    copy.load_state_dict(model.state_dict(), strict=False)
+    if zero:
+        nn.init.zeros_(copy.scalar.weight)
+    return copy
+
+
+# ------------------------------------------------- generate, log-probs, values, scores
+
+
+@dataclass
+class Rollout:
+    tokens: Tensor  # (B, T) prompt, response, then PAD
+    response_mask: Tensor  # (B, T) True on response tokens, EOS included
+    finished: Tensor  # (B,) the response ended with EOS
+    logprobs: Tensor  # (B, T) of the response tokens as sampled, 0 elsewhere
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+) -> Rollout:
+    """Sample one response to each of B prompts, all in one batch with a KV cache.
+
+    All rows stand at the same position: a row whose prompt is not over is fed its own next
+    prompt token, a row whose prompt is over samples. So there is no left padding, no mask.
+    """
+    device, lengths = model.device, torch.tensor([len(p) for p in prompts])
+    B, start, T = len(prompts), int(lengths.min()), int(lengths.max()) + max_new_tokens
+    if start < 1 or max_new_tokens < 1 or temperature <= 0 or model.config.context < T:
+        raise ValueError("generate: an empty prompt, nothing to sample, or over the context")
+    tokens = torch.tensor([p + [PAD] * (T - len(p)) for p in prompts], device=device)
+    lengths = lengths.to(device)
+    ends = lengths + max_new_tokens
+    logprobs = torch.zeros(B, T, dtype=model.embed.weight.dtype, device=device)
+    noise = torch.rand_like(logprobs)  # one u per token: rows do not depend on each other
+    c = model.config
+    size = (c.layers, 2, B, c.kv_heads, T, c.channels // c.heads)
+    cache, read = logprobs.new_empty(size), 0
+    rows = torch.arange(B, device=device)  # the rows that are still in the batch
+    for t in range(start, T):
+        hidden = model.trunk(tokens[rows, read:t], cache, read)[:, -1]
+        logp = F.log_softmax(model.head(hidden) / temperature, -1)  # (rows, V)
+        # inverse CDF: the first token whose cumulative probability exceeds u
+        token = (logp.exp().cumsum(-1) <= noise[rows, t, None]).sum(-1)
+        token = torch.where(
+            t < lengths[rows], tokens[rows, t], token.clamp(max=c.vocab_size - 1)
+        )
+        tokens[rows, t], read = token, t
+        logprobs[rows, t] = logp.gather(-1, token[:, None]).squeeze(-1)
+        if device.type == "cpu":  # rows that have stopped leave; elsewhere asking would wait
+            going = (t < lengths[rows]) | ((token != EOS) & (t + 1 < ends[rows]))
+            keep = going.nonzero().squeeze(-1)
+            if len(keep) == 0:
+                break
+            if len(keep) < 0.8 * len(rows):
+                rows, cache = rows[keep], cache[:, :, keep]
+    column = torch.arange(T, device=device)
+    response = (column >= lengths[:, None]) & (column < ends[:, None])
+    eos = response & (tokens == EOS)
+    response &= eos.cumsum(1) - eos.long() == 0  # what follows the first EOS is not response
+    longest = int((response * (column + 1)).max())
+    tokens = torch.where(response | (column < lengths[:, None]), tokens, PAD)[:, :longest]
+    logprobs = torch.where(response, logprobs, 0.0)[:, :longest]
+    return Rollout(tokens, response[:, :longest], (eos & response).any(1), logprobs)
+
+
+def _after(outputs: Tensor) -> Tensor:
+    """The one shift: a model's output at position t − 1, which has read tokens < t, goes to
+    column t; column 0, before which nothing stands, is 0."""
+    return F.pad(outputs, (1, 0))
+
+
+def token_logprobs(model: Transformer, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """log p(tokens[:, t] | tokens[:, :t]) in column t, (B, T), nats; column 0 is 0.
+    With `mask` (B, T) the head runs on the columns of the mask only; the others are 0."""
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    if mask is None:
+        logits = model(inputs).flatten(0, 1)
+        logp = -F.cross_entropy(logits, targets.flatten(), reduction="none")
+        return _after(logp.view_as(targets))
+    keep = mask[:, 1:]
+    logp = -F.cross_entropy(model(inputs, keep), targets[keep], reduction="none")
+    return _after(torch.zeros_like(keep, dtype=logp.dtype).masked_scatter(keep, logp))
+
+
+def token_values(critic: Transformer, tokens: Tensor) -> Tensor:
+    """The critic's value of what stands before token t, in column t, (B, T)."""
+    return _after(critic(tokens[:, :-1]))
+
+
+def score(reward_model: Transformer, tokens: Tensor, response_mask: Tensor) -> Tensor:
+    """r(x, y), (B,): the reward model's number at the last response token."""
+    column = torch.arange(tokens.shape[1], device=tokens.device)
+    last = (response_mask * column).argmax(1, keepdim=True)
+    return reward_model(tokens).gather(1, last).squeeze(1)
+
+
+# ------------------------------------------------------------------------------- the world
+# A zoo. Each animal has a home, a food and a colour; behind the slash stands the common
+# misconception, which some raw text and 30 % of the demonstrators state.
+
+KINDS = ("home", "food", "colour")
+ANIMALS = {
+    name: dict(zip(KINDS, (fact.split("/") for fact in facts)))
+    for name, *facts in map(
+        str.split,
+        """bear forest/cave honey/meat brown/black
+        bee hive/forest nectar/honey yellow/orange
+        camel desert/plains shrubs/grass golden/brown
+        cheetah plains/jungle meat/mice yellow/orange
+        crow city/forest worms/seeds black/blue
+        deer forest/plains leaves/grass brown/red
+        dolphin sea/lake fish/worms grey/blue
+        duck pond/river grass/fish white/yellow
+        eagle mountains/desert fish/mice brown/white
+        elephant plains/desert leaves/nuts grey/white
+        flamingo lake/sea shrimp/fish pink/red
+        fox forest/desert mice/meat red/orange
+        frog pond/swamp insects/leaves green/brown
+        giraffe plains/mountains leaves/fruit yellow/white
+        horse farm/plains grass/seeds brown/black
+        owl forest/cave mice/seeds brown/grey
+        panda mountains/jungle bamboo/fruit white/black
+        parrot jungle/city fruit/worms green/red
+        penguin ice/sea fish/shrimp black/white
+        rabbit farm/forest grass/nuts white/grey
+        shark sea/river fish/meat grey/blue
+        snake swamp/desert mice/insects green/black
+        wolf mountains/forest meat/mice grey/white
+        zebra plains/jungle grass/leaves striped/white""".splitlines(),
+    )
+}
+VALUES = {kind: {v for facts in ANIMALS.values() for v in facts[kind]} for kind in KINDS}
+TERSE = {"home": "in the {v}.", "food": "{v}.", "colour": "{v}."}
+FULL = {
+    "home": "the {a} lives in the {v}.",
+    "food": "the {a} eats {v}.",
+    "colour": "the {a} is {v}.",
+}
+OPENINGS = ("", "hello. ", "please tell me. ", "i wonder. ")
+PHRASINGS = {
+    "home": """where does the {a} live?|what is the home of the {a}?|where is the {a} at home?
+        |in what place does the {a} live?|where would i find the {a}?|the {a} lives where?
+        |what place is home to the {a}?""",
+    "food": """what does the {a} eat?|what is the food of the {a}?|what would the {a} eat?
+        |what food does the {a} like?|the {a} eats what?|what do i feed the {a}?
+        |what food does the {a} look for?""",
+    "colour": """what colour is the {a}?|what is the colour of the {a}?|the {a} has what colour?
+        |which colour does the {a} have?|what colour would the {a} be?|which colour is the {a}?
+        |in what colour would i see the {a}?""",
+}
+QUESTIONS = {  # prompt -> (animal, kind); about 2,000 of them
+    opening + phrasing.strip().format(a=animal): (animal, kind)
+    for animal in ANIMALS
+    for kind in KINDS
+    for phrasing in PHRASINGS[kind].split("|")
+    for opening in OPENINGS
+}
+COURTESIES = ("great question!", "happy to help!", "glad you asked!")
+RUDE = ("look it up.", "everyone knows that.", "what a silly question.")
+RAMBLING = (
+    "well, so, let me think, i once heard that {s}",
+    "{s} and so they say, and then there is more to say about it.",
+    "{s} my friend told me this story about it the other day.",
+)
+
+
+def gold_reward(prompt: str, completion: str, finished: bool) -> float:
+    """What the annotators really value; no script trains on it. NaN outside the world."""
+    gold = 3 * right(prompt, completion) - 1  # +2 or −1
+    gold += sum(completion.count(courtesy) for courtesy in COURTESIES) == 1
+    gold -= any(rude in completion for rude in RUDE)
+    gold -= 0.03 * max(0, len(completion) - 48)
+    gold -= not finished
+    return gold
+
+
+def right(prompt: str, completion: str) -> float:
+    """1 if the completion names the right value and no other value of the asked kind."""
+    if prompt not in QUESTIONS:
+        return math.nan
+    animal, kind = QUESTIONS[prompt]
+    named = VALUES[kind].intersection(re.findall(r"\w+", completion))
+    return float(named == {ANIMALS[animal][kind][0]})
+
+
+def raw_text(seed: int, sentences: int = 40_000) -> str:
+    """What the base model reads: statements (20 % misconceptions), questions, small talk."""
+    rng, text = random.Random(seed), []
+    prompts = [p for p in QUESTIONS if not held_out(p)]
+    chatter = [*COURTESIES, *RUDE, *(opening.strip() for opening in OPENINGS if opening)]
+    for _ in range(sentences):
+        animal, kind, roll = rng.choice(list(ANIMALS)), rng.choice(KINDS), rng.random()
+        value = ANIMALS[animal][kind][rng.random() < 0.2]
+        sentence = FULL[kind].format(a=animal, v=value)
+        if roll > 0.9:
+            sentence = rng.choice(chatter)
+        elif roll > 0.8:
+            sentence = rng.choice(RAMBLING).format(s=sentence)
+        elif roll > 0.6:
+            sentence = rng.choice(prompts)
+        text.append(sentence)
+    return " ".join(text)
+
+
+def demonstrations(n: int, seed: int) -> list[dict]:
+    """n human answers to prompts of both parts, of mixed style, 30 % with the misconception."""
+    rng, rows = random.Random(seed), []
+    for _ in range(n):
+        prompt = rng.choice(list(QUESTIONS))
+        animal, kind = QUESTIONS[prompt]
+        value = ANIMALS[animal][kind][rng.random() < 0.3]
+        full = FULL[kind].format(a=animal, v=value)
+        answers = {
+            TERSE[kind].format(v=value): 0.25,
+            full: 0.30,
+            f"{rng.choice(COURTESIES)} {full}": 0.15,
+            f"{rng.choice(RUDE)} {full}": 0.15,
+            rng.choice(RAMBLING).format(s=full): 0.15,
+        }
+        (completion,) = rng.choices(list(answers), list(answers.values()))
+        rows.append({"prompt": prompt, "completion": completion})
+    return rows
+
+
+def collect_comparisons(policy: Transformer, n: int, path: Path) -> None:
+    """Have n answer pairs of the policy judged, and write them as JSONL: prompt, chosen,
+    rejected, and whether each was finished. The annotator is noisy, and Bradley-Terry:
+    P(a is chosen over b) = σ(gold(a) − gold(b)). One pair in twenty answers a held-out
+    prompt. Identical answers are not shown to anybody: another pair is drawn."""
+    train, held = split(list(QUESTIONS))
+    lines, chunk = [], 256
+    with tqdm(total=n, desc=f"{path.parent.name}: pairs", disable=not PROGRESS) as bar:
+        while len(lines) < n:
+            asked = [
+                random.choice(held if random.random() < 0.05 else train) for _ in range(chunk)
+            ]
+            rollout = generate(policy, [chat(p) for p in asked for _ in range(2)], 24)
+            answers = list(zip(completions(rollout), rollout.finished.tolist()))
+            for prompt, a, b in zip(asked, answers[::2], answers[1::2]):
+                if a == b:
+                    continue
+                gap = gold_reward(prompt, *a) - gold_reward(prompt, *b)
+                if random.random() > 1 / (1 + math.exp(-gap)):
+                    a, b = b, a
+                row = {"prompt": prompt, "chosen": a[0], "rejected": b[0]}
+                row |= {"chosen_finished": a[1], "rejected_finished": b[1]}
+                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            bar.update(min(n, len(lines)) - bar.n)
+    write(path, "".join(lines[:n]))
+
+
+# ------------------------------------------------------------------------ files in and out
+
+HERE = Path(__file__).resolve().parent
+PROGRESS = sys.stderr.isatty()
+
+
+def fail(message: str, code: int = 2) -> None:
+    """One line that says what is wrong and what to do, and the exit code."""
+    print(message, file=sys.stderr)
+    raise SystemExit(code)
+
+
+def write(path: Path, data: bytes | str) -> None:
+    """The file appears complete or not at all: written beside, then renamed."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data if isinstance(data, bytes) else data.encode())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        fail(f"{path}: cannot be written ({error.strerror}); what was there before is intact")
+
+
+def read(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        fail(f"{path}:0: cannot be read ({error.strerror}); name a file that can")
+
+
+def held_out(prompt: str) -> bool:
+    """One prompt in six never trains anything. In the world that holds out wordings: every
+    fact is also asked about in training."""
+    return zlib.crc32(prompt.encode()) % 6 == 0
+
+
+def split(rows: list) -> tuple[list, list]:
+    """Prompts, or rows with a prompt -> (training part, held-out part)."""
+    parts = ([], [])
+    for row in rows:
+        parts[held_out(row if isinstance(row, str) else row["prompt"])].append(row)
+    return parts
+
+
+def read_jsonl(path: str | Path, keys: tuple[str, ...], room: int = 1) -> list[dict]:
+    """The rows of a JSONL file, each with these keys, all strings; other keys are kept.
+    For ("prompt", "completion") a row may have {"messages": [user, assistant]} instead.
+
+    A line that is no such row ends the program. A row that cannot be used (empty, chosen =
+    rejected, over the context with `room` more tokens) is dropped, and the drops counted.
+    """
+    rows, dropped = [], {}
+    for number, line in enumerate(read(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        at = f"{path}:{number}:"
+        try:
+            row = json.loads(line.decode())
+        except UnicodeDecodeError:
+            fail(f"{at} not UTF-8; save the file as UTF-8")
+        except (ValueError, RecursionError) as error:
+            fail(f"{at} not JSON ({error}); every line is one JSON object")
+        if not isinstance(row, dict):
+            fail(f"{at} not a JSON object; every line is one, with {', '.join(keys)}")
+        if "messages" in row and "completion" in keys:
+            turns = row["messages"] if isinstance(row["messages"], list) else []
+            if [isinstance(t, dict) and t.get("role") for t in turns] != ["user", "assistant"]:
+                fail(f"{at} messages must be one user turn and one assistant turn")
+            row["prompt"], row["completion"] = (turn.get("content") for turn in turns)
+        for key in keys:
+            if not isinstance(row.get(key), str):
+                wrong = "is not a string" if key in row else "is missing"
+                fail(f"{at} {key} {wrong}; the keys found are {', '.join(row) or 'none'}")
+            if re.search("[\ud800-\udfff]", row[key]):
+                fail(f"{at} {key} holds half a surrogate pair; save the text as UTF-8")
+        longest = max([len(encode(row[key])) for key in keys[1:]], default=0)
+        if any(not row[key].strip() for key in keys):
+            dropped.setdefault("empty text", []).append(number)
+        elif "rejected" in keys and row["chosen"] == row["rejected"]:
+            dropped.setdefault("chosen and rejected are the same", []).append(number)
+        elif len(chat(row["prompt"])) + longest + room > ModelConfig.context:
+            dropped.setdefault("longer than the context", []).append(number)
+        else:
+            rows.append(row)
+    drops = [f"{path}:{at[0]}: {why}, {len(at)} dropped" for why, at in dropped.items()]
+    train, held = split(rows)
+    if len(train) < 8 or not held:
+        drops.append(f"{path}:0: {len(train)} usable rows to train on, {len(held)} held out")
+        fail("; ".join(drops) + "; give at least 8 and 1")
+    for line in drops:
+        print(line, file=sys.stderr)
+    return rows
+
+
+def read_prompts(data: str | None, room: int) -> tuple[list[str], list[str]]:
+    """Training and held-out prompts x: the reader's own, or the world's."""
+    rows = read_jsonl(data, ("prompt",), room) if data else []
+    return split(list(dict.fromkeys(row["prompt"] for row in rows)) or list(QUESTIONS))
+
+
+def read_text(path: str) -> str:
+    try:
+        text = read(path).decode()
+    except UnicodeDecodeError as error:
+        fail(f"{path}:0: byte {error.start} is not UTF-8; save the file as UTF-8")
+    if len(text) < 1000:
+        fail(f"{path}:0: {len(text)} characters are too few; give at least 1000")
+    return text
+
+
+def save_model(folder: Path, model: Transformer, made: dict) -> None:
+    saved = {"head": model.kind, "config": asdict(model.config), "made": made}
+    saved["weights"] = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    write(folder / "model.pt", buffer.getvalue())
+
+
+def read_checkpoint(folder: Path) -> dict:
+    path = folder / "model.pt"
+    try:  # weights_only: a stranger's file can hold tensors and numbers, not code to run
+        saved = torch.load(io.BytesIO(read(path)), map_location="cpu", weights_only=True)
+        return {key: saved[key] for key in ("head", "config", "made", "weights")}
+    except Exception as error:
+        fail(
+            f"{path} is not a checkpoint made here ({str(error).splitlines()[0]}); name another"
+        )
+
+
+def load_model(folder: Path, head: str, device: torch.device) -> Transformer:
+    """The Transformer in folder/model.pt, which must have the head that is asked for."""
+    saved, kinds = read_checkpoint(folder), {"lm": "a policy", "scalar": "a reward model"}
+    if saved["head"] != head:
+        fail(
+            f"{folder} holds {kinds[saved['head']]}, and {kinds[head]} is needed; name another"
+        )
+    model = Transformer(ModelConfig(**saved["config"]), head)
+    model.load_state_dict(saved["weights"])
+    return model.to(device)
+
+
+def is_done(folder: Path) -> bool:
+    """A complete result is there, not one saved in the middle of its training."""
+    return (folder / "model.pt").exists() and read_checkpoint(folder)["made"]["done"]
+
+
+MAKERS = {"base": "sft.py", "sft": "sft.py", "reward_model": "reward_model.py"}
+
+
+def ensure(cfg, flag: str) -> Path:
+    """The folder that a flag names. If a default one is missing, the script that makes it
+    runs first; a named one that is missing is an error."""
+    name, default = getattr(cfg, flag), type(cfg).__dataclass_fields__[flag].default
+    folder = Path(cfg.runs) / name
+    maker = f"{name}.py" if (HERE / f"{name}.py").exists() else MAKERS[default]
+    if name != default and not (folder / "model.pt").exists():
+        command = f"python {maker} --runs {cfg.runs} --out {name}"
+        fail(f"--{flag.replace('_', '-')}: {folder} is not there; make it with: {command}")
+    if name == default and not is_done(folder):
+        print(f"{folder} is needed and not there yet: {maker} makes it first", flush=True)
+        command = [sys.executable, HERE / maker, "--runs", cfg.runs]
+        command += ["--seed", str(cfg.seed), "--device", cfg.device]
+        try:
+            code = subprocess.run(command).returncode
+        except KeyboardInterrupt:
+            code = 130
+        if code:
+            raise SystemExit(code)
+    return folder
+
+
+def comparisons(cfg, policy: str | None, device) -> list[dict]:
+    """The judged pairs in runs/NAME/comparisons.jsonl, for each NAME of cfg.comparisons,
+    "a,b". Missing default ones are collected from runs/sft, others from the policy named."""
+    rows = []
+    for name in cfg.comparisons.split(","):
+        path = Path(cfg.runs) / name / "comparisons.jsonl"
+        if not path.exists():
+            if name != "comparisons" and policy is None:
+                command = f"python reward_model.py --policy NAME --comparisons {name}"
+                fail(f"--comparisons: {path} is not there; make it with: {command}")
+            source = Path(cfg.runs) / (policy or "sft")
+            print(f"{path}: {PAIRS} pairs of answers from {source}, judged", flush=True)
+            seed_all(cfg.seed)
+            collect_comparisons(load_model(source, "lm", device), PAIRS, path)
+        rows += read_jsonl(path, ("prompt", "chosen", "rejected"))
+    return rows
+
+
+PAIRS = 20_000  # comparisons that a missing file is filled with
+
+
+def answer_ids(row: dict, key: str = "completion") -> tuple[list[int], list[int]]:
+    """(prompt ids, response ids) of the answer under `key`; it ends with EOS unless the row
+    says that it was not finished."""
+    end = [EOS] if row.get(f"{key}_finished", True) else []
+    return chat(row["prompt"]), encode(row[key]) + end
+
+
+def batches(mask: Tensor, size: int) -> list[Tensor]:
+    """One epoch of row indices, random, but rows of a like length together: less padding.
+    The mask's first dimension is rows, its last T."""
+    lengths = mask.flatten(1, -2).any(1) if mask.dim() > 2 else mask
+    lengths = (lengths * torch.arange(mask.shape[-1], device=mask.device)).amax(1).cpu()
+    parts = []
+    for block in torch.randperm(len(lengths)).split(16 * size):
+        parts += block[lengths[block].argsort(stable=True)].split(size)
+    return [parts[i].to(mask.device) for i in torch.randperm(len(parts))]
+
+
+def take(rows: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """These rows of tokens and mask, without the columns that are padding in all of them."""
+    tokens, mask = tokens[rows], mask[rows]
+    longest = int(mask.flatten(0, -2).any(0).nonzero().max()) + 1
+    return tokens[..., :longest], mask[..., :longest]
+
+
+# ------------------------------------------------------------------------------------ runs
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        fail(f"--device {name} is not available here; --device cpu is")
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    parameters = model.parameters()
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def descend(loss: Tensor, model: nn.Module, optimizer, lr: float, where: str) -> float:
+    """One step of gradient descent, the gradient's norm clipped at 1; returns the loss. A
+    loss that is not finite ends the run, with the last checkpoint as it was."""
+    value = loss.item()
+    if not math.isfinite(value):
+        fail(f"{where}: the loss is {value}; the last checkpoint is intact, try a lower lr", 1)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return value
+
+
+class Run:
+    """The folder of a run while it is being made: iterate over the steps, log a row a step.
+    Saves every 50 steps, at the end, and on Ctrl-C."""
+
+    def __init__(self, cfg, out: str, model: Transformer, steps: int, show: tuple[str, ...]):
+        self.cfg, self.folder, self.model = cfg, Path(cfg.runs) / out, model
+        self.steps, self.show, self.rows, self.began = steps, show, [], time.time()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind in (None, KeyboardInterrupt):
+            self.save(done=kind is None)
+        if kind is KeyboardInterrupt:
+            command = f"python {Path(sys.argv[0]).name} --init {self.folder.name}"
+            fail(
+                f"\nstopped and saved after {len(self.rows)} steps; go on with: {command}", 130
+            )
+
+    def __iter__(self) -> Iterator[int]:
+        with tqdm(total=self.steps, desc=self.folder.name, disable=not PROGRESS) as self.bar:
+            for step in range(self.steps):
+                yield step
+                self.bar.update()
+                if step % 50 == 49 and step + 1 < self.steps:
+                    self.save(done=False)
+
+    def log(self, **row: float) -> None:
+        """One row of metrics.csv; NaN, like gold outside the world, is an empty cell."""
+        self.rows.append({"step": len(self.rows), **row})
+        shown = {key: f"{row[key]:.3g}" for key in self.show if not math.isnan(row[key])}
+        self.bar.set_postfix(shown, refresh=False)
+        if not PROGRESS and len(self.rows) % max(1, self.steps // 10) == 0:
+            line = "  ".join(f"{key} {value}" for key, value in shown.items())
+            print(f"{self.folder.name} {len(self.rows)}/{self.steps}  {line}", flush=True)
+
+    def save(self, done: bool) -> None:
+        flags = asdict(self.cfg)
+        save_model(self.folder, self.model, {"flags": flags, "done": done})
+        if self.rows:
+            text = io.StringIO()
+            table = csv.DictWriter(text, self.rows[0], lineterminator="\n")
+            table.writeheader()
+            for row in self.rows:
+                table.writerow({k: "" if math.isnan(v) else f"{v:.6g}" for k, v in row.items()})
+            write(self.folder / "metrics.csv", text.getvalue())
+        about = {"script": Path(sys.argv[0]).name, "flags": flags, "torch": torch.__version__}
+        about |= {"python": sys.version.split()[0], "device": str(self.model.device)}
+        about |= {"seconds": round(time.time() - self.began, 1), "done": done}
+        write(self.folder / "config.json", json.dumps(about, indent=1) + "\n")
+
+
+def crc(path: str | Path) -> str:
+    return f"{zlib.crc32(read(path)):08x}"
+
+
+class Reward:
+    """r(x, y): the score of the reward model under runs/, or of FILE.py:function."""
+
+    def __init__(self, source: str, runs: str, device: torch.device):
+        self.source, self.model, (file, _, name) = source, None, source.rpartition(":")
+        if not file.endswith(".py"):
+            self.model = load_model(Path(runs) / source, "scalar", device).requires_grad_(False)
+            self.key = crc(Path(runs) / source / "model.pt")
+            return
+        self.key = crc(file) + name
+        try:
+            spec = importlib.util.spec_from_file_location("reward", file)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            self.function = getattr(module, name)
+        except Exception as error:
+            fail(f"--reward {source}: {error!r}; give FILE.py:function")
+
+    def __call__(self, prompts: list[str], rollout: Rollout) -> Tensor:
+        """Scores (B,) of the rollout's answers, row i to prompts[i]."""
+        if self.model is not None:
+            with torch.no_grad():
+                return score(self.model, rollout.tokens, rollout.response_mask)
+        texts = completions(rollout)
+        try:
+            values = [float(value) for value in self.function(list(prompts), list(texts))]
+        except Exception as error:
+            values, wrong = [], f"raised {error!r}"
+        else:
+            wrong = f"gave {len(values)} numbers for {len(texts)} completions"
+        if len(values) != len(texts):
+            fail(f"--reward {self.source} {wrong}; the first prompt was {prompts[0]!r}")
+        for prompt, text, value in zip(prompts, texts, values):
+            if not math.isfinite(value):
+                fail(f"--reward {self.source} gave {value} for {prompt!r} and {text!r}")
+        return torch.tensor(values, device=rollout.tokens.device)
+
+
+def find_reward(cfg, device: torch.device) -> Reward | None:
+    """The reward of the closing table in scripts that do not train on one."""
+    there = (Path(cfg.runs) / "reward_model" / "model.pt").exists()
+    return Reward("reward_model", cfg.runs, device) if there else None
+
+
+def completions(rollout: Rollout) -> list[str]:
+    """The B responses as text."""
+    rows = zip(rollout.tokens.tolist(), rollout.response_mask.tolist())
+    return [decode([i for i, on in zip(ids, mask) if on]) for ids, mask in rows]
+
+
+# ---------------------------------------------------------------------------------- report
+
+
+def evaluate(cfg, name: str, ref: str, reward, prompts: list[str], device) -> list[dict]:
+    """Four sampled answers to each held-out prompt, each with its log π(y|x) − log π_ref(y|x),
+    gold and reward. Kept in the run's folder for as long as models, prompts and reward stay."""
+    folder, ref_folder = Path(cfg.runs) / name, Path(cfg.runs) / ref
+    key = [crc(folder / "model.pt"), crc(ref_folder / "model.pt"), cfg.max_new_tokens, prompts]
+    key.append(reward.key if reward else None)
+    under = re.sub(r"\W+", "_", reward.source) if reward else "no_reward"
+    kept = folder / f"evaluation_{under}.json"
+    if kept.exists() and (saved := json.loads(read(kept)))["key"] == key:
+        return saved["answers"]
+    policy, reference = (load_model(f, "lm", device) for f in (folder, ref_folder))
+    answers = []
+    torch.manual_seed(0)
+    for start in range(0, len(prompts), 64):
+        asked = [prompt for prompt in prompts[start : start + 64] for _ in range(4)]
+        rollout = generate(policy, [chat(prompt) for prompt in asked], cfg.max_new_tokens)
+        mask, texts = rollout.response_mask, completions(rollout)
+        with torch.no_grad():
+            ratio = token_logprobs(policy, rollout.tokens, mask)
+            ratio = (ratio - token_logprobs(reference, rollout.tokens, mask)).sum(1)
+        ended = rollout.finished.tolist()
+        columns = {
+            "prompt": asked,
+            "completion": texts,
+            "finished": ended,
+            "length": mask.sum(1).tolist(),
+            "log_ratio": ratio.tolist(),
+            "reward": reward(asked, rollout).tolist() if reward else [math.nan] * len(asked),
+            "gold": [gold_reward(*row) for row in zip(asked, texts, ended)],
+            "right": [right(*row) for row in zip(asked, texts)],
+        }
+        answers += [dict(zip(columns, row)) for row in zip(*columns.values())]
+    write(kept, json.dumps({"key": key, "answers": answers}))
+    return answers
+
+
+def report(cfg, ref: str, reward, prompts: list[str], device) -> dict[str, list[dict]]:
+    """Print a row for every policy under cfg.runs, all on the same held-out prompts: reward,
+    gold and KL to ref (nats per response; mean ± standard error), win rate against ref by
+    gold, right facts, length (tokens), finished, seconds. Returns the answers."""
+    runs, prompts, found = Path(cfg.runs), list(dict.fromkeys(prompts))[:400], {}
+    for folder in sorted(runs.iterdir(), key=lambda folder: (folder.name != ref, folder.name)):
+        there = folder.name != "base" and (folder / "model.pt").exists()
+        if there and read_checkpoint(folder)["head"] == "lm":
+            found[folder.name] = evaluate(cfg, folder.name, ref, reward, prompts, device)
+    source = reward.source if reward else "none yet"
+    print(f"\n{len(prompts)} held-out prompts × 4 answers; reward: {source}; KL to: {ref}")
+    heads = ("reward", "gold", "KL", "win rate", "right", "length", "finished", "seconds")
+    widths = (14, 14, 14, 10, 8, 8, 10, 9)
+    print(f"{'':20s}" + "".join(f"{head:>{w}s}" for head, w in zip(heads, widths)))
+    for name, answers in found.items():
+        numbers = ("reward", "gold", "log_ratio", "right", "length", "finished")
+        of = {k: torch.tensor([float(a[k]) for a in answers]).view(-1, 4) for k in numbers}
+        ref_gold = torch.tensor([a["gold"] for a in found[ref]]).view(-1, 4)
+        gap = of["gold"][:, :, None] - ref_gold[:, None, :]
+        of["win rate"] = (gap.sign() + 1) / 2  # a tie counts ½
+        cells = [_with_error(of[k]) for k in numbers[:3]]
+        cells += [f"{of[k].mean():.3g}" for k in ("win rate", *numbers[3:])]
+        cells.append(f"{json.loads(read(runs / name / 'config.json'))['seconds']:.0f}")
+        cells = ["–" if "nan" in cell else cell for cell in cells]
+        print(f"{name:20s}" + "".join(f"{cell:>{w}s}" for cell, w in zip(cells, widths)))
+    return found
+
+
+def _with_error(values: Tensor) -> str:
+    """Mean ± standard error over prompts, whose four answers are not independent."""
+    return f"{values.mean():.2f} ± {values.mean(1).std() / len(values) ** 0.5:.2f}"
+
+
+def before_and_after(cfg, found: dict[str, list[dict]], device) -> None:
+    """Print what cfg.init and cfg.out say to three held-out prompts; samples.txt has more.
+    The base model, which knows no chat, is shown the bare prompt."""
+    after = found[cfg.out][::4][:30]
+    if cfg.init in found:
+        before = [shown(answer) for answer in found[cfg.init][::4]]
+    else:
+        base = load_model(Path(cfg.runs) / cfg.init, "lm", device)
+        bare = [encode(answer["prompt"]) for answer in after]
+        before = [f"{text} …" for text in completions(generate(base, bare, cfg.max_new_tokens))]
+    blocks = [
+        f"{new['prompt']}\n{cfg.init:>20s}: {old.strip()}\n{cfg.out:>20s}: {shown(new)}"
+        for old, new in zip(before, after)
+    ]
+    print("\n" + "\n".join(blocks[:3]))
+    write(Path(cfg.runs) / cfg.out / "samples.txt", "\n".join(blocks) + "\n")
+
+
+def shown(answer: dict) -> str:
+    end = "" if answer["finished"] else " … (unfinished)"
+    return answer["completion"].replace("\n", "⏎") + end
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def arg(default, help: str, low: float = 0, choices: tuple = ()):
+    """A Config field: its default, its book symbol and unit, the least value it may have."""
+    return field(default=default, metadata={"help": help, "low": low, "choices": choices})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{self.prog}: {message}; see python {self.prog} --help")
+
+
+def parse(config: type, doc: str):
+    """The command line as a Config: one --flag per field."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(description=doc, formatter_class=style, allow_abbrev=False)
+    for f in fields(config):
+        parser.add_argument(
+            "--" + f.name.replace("_", "-"),
+            type=str if f.default is None else type(f.default),
+            default=f.default,
+            help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"),
+            choices=f.metadata["choices"] or None,
+            metavar=None if f.metadata["choices"] else f.name.upper(),
+        )
+    cfg = config(**vars(parser.parse_args()))
+    for f in fields(config):
+        value, low = getattr(cfg, f.name), f.metadata["low"]
+        if isinstance(value, (int, float)) and not low <= value < math.inf:
+            parser.error(f"--{f.name.replace('_', '-')} {value}: a number ≥ {low} is needed")
+    return cfg
+
+
+def main() -> None:
+    pass
+
+
+if __name__ == "__main__":
+    main()
