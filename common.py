@@ -138,7 +138,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(c.vocab_size, c.channels)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = nn.RMSNorm(c.channels, c.norm_eps)
-        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.embed.weight, std=c.channels**-0.5)
         for name, weight in self.blocks.named_parameters():
             if weight.dim() == 2:
                 residual = name.endswith(("out.weight", "down.weight"))
@@ -415,7 +415,7 @@ def collect_comparisons(policy: Transformer, n: int, path: Path) -> None:
     """Have n answer pairs of the policy judged, and write them as JSONL: prompt, chosen,
     rejected, and whether each was finished. The annotator is noisy, and Bradley-Terry:
     P(a is chosen over b) = σ(gold(a) − gold(b)). One pair in twenty answers a held-out
-    prompt. Identical answers are not shown to anybody: another pair is drawn."""
+    prompt. Identical and empty answers are not judged: another pair is drawn."""
     train, held = split(list(QUESTIONS))
     lines, chunk = [], 256
     with tqdm(total=n, desc=f"{path.parent.name}: pairs", disable=not PROGRESS) as bar:
@@ -426,7 +426,7 @@ def collect_comparisons(policy: Transformer, n: int, path: Path) -> None:
             rollout = generate(policy, [chat(p) for p in asked for _ in range(2)], 24)
             answers = list(zip(completions(rollout), rollout.finished.tolist()))
             for prompt, a, b in zip(asked, answers[::2], answers[1::2]):
-                if a == b:
+                if a == b or not (a[0].strip() and b[0].strip()):
                     continue
                 gap = gold_reward(prompt, *a) - gold_reward(prompt, *b)
                 if random.random() > 1 / (1 + math.exp(-gap)):
@@ -476,11 +476,12 @@ def held_out(prompt: str) -> bool:
 
 
 def split(rows: list) -> tuple[list, list]:
-    """Prompts, or rows with a prompt -> (training part, held-out part)."""
-    parts = ([], [])
-    for row in rows:
-        parts[held_out(row if isinstance(row, str) else row["prompt"])].append(row)
-    return parts
+    """Prompts, or rows with a prompt -> (training part, held-out part). Where all prompts
+    are of one part, as what rejection sampling selects is, every sixth row is held out."""
+    held = [held_out(row if isinstance(row, str) else row["prompt"]) for row in rows]
+    if len(set(held)) == 1:
+        held = [i % 6 == 0 for i in range(len(rows))]
+    return [r for r, h in zip(rows, held) if not h], [r for r, h in zip(rows, held) if h]
 
 
 def read_jsonl(path: str | Path, keys: tuple[str, ...], room: int = 1) -> list[dict]:
@@ -547,6 +548,12 @@ def read_text(path: str) -> str:
     if len(text) < 1000:
         fail(f"{path}:0: {len(text)} characters are too few; give at least 1000")
     return text
+
+
+def shuffled(prompts: list[str]) -> Iterator[str]:
+    """Prompts without end, in an order shuffled anew when all were seen."""
+    while True:
+        yield from random.sample(prompts, len(prompts))
 
 
 def save_model(folder: Path, model: Transformer, made: dict) -> None:
@@ -641,9 +648,8 @@ def answer_ids(row: dict, key: str = "completion") -> tuple[list[int], list[int]
 def batches(mask: Tensor, size: int) -> list[Tensor]:
     """One epoch of row indices, random, but rows of a like length together: less padding.
     The mask's first dimension is rows, its last T."""
-    lengths = mask.flatten(1, -2).any(1) if mask.dim() > 2 else mask
-    lengths = (lengths * torch.arange(mask.shape[-1], device=mask.device)).amax(1).cpu()
-    parts = []
+    ends = mask.long() * torch.arange(1, mask.shape[-1] + 1, device=mask.device)
+    lengths, parts = ends.flatten(1).amax(1).cpu(), []
     for block in torch.randperm(len(lengths)).split(16 * size):
         parts += block[lengths[block].argsort(stable=True)].split(size)
     return [parts[i].to(mask.device) for i in torch.randperm(len(parts))]
@@ -787,6 +793,15 @@ class Reward:
             if not math.isfinite(value):
                 fail(f"--reward {self.source} gave {value} for {prompt!r} and {text!r}")
         return torch.tensor(values, device=rollout.tokens.device)
+
+
+def load_reward(cfg, device: torch.device) -> Reward:
+    """The reader's own function if --reward names one, else the reward model."""
+    if not cfg.reward:
+        ensure(cfg, "reward_model")
+    elif ".py:" not in cfg.reward:
+        fail(f"--reward {cfg.reward}: give FILE.py:function, or --reward-model NAME")
+    return Reward(cfg.reward or cfg.reward_model, cfg.runs, device)
 
 
 def find_reward(cfg, device: torch.device) -> Reward | None:

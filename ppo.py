@@ -29,7 +29,6 @@ better reward model. `rollout_row` explains every column of metrics.csv.
 """
 
 import math
-import random
 from dataclasses import dataclass
 
 import torch
@@ -271,9 +270,7 @@ def main(cfg: Config) -> None:
     device = common.pick_device(cfg.device)
     prompts, held = common.read_prompts(cfg.data, cfg.max_new_tokens)
     init, ref = common.ensure(cfg, "init"), common.ensure(cfg, "ref")
-    if not cfg.reward:
-        common.ensure(cfg, "reward_model")
-    reward = common.Reward(cfg.reward or cfg.reward_model, cfg.runs, device)
+    reward = common.load_reward(cfg, device)
     policy = common.load_model(init, "lm", device)
     reference = common.load_model(ref, "lm", device).requires_grad_(False)
 
@@ -287,12 +284,10 @@ def main(cfg: Config) -> None:
         f"{cfg.runs}/{cfg.out}: {cfg.estimator}, β = {cfg.beta}, {cfg.steps} steps of "
         f"{cfg.prompts} prompts × {cfg.samples} answers, reward: {reward.source}"
     )
-    queue = []
+    stream = common.shuffled(prompts)
     with common.Run(cfg, cfg.out, policy, cfg.steps, show=("reward", "kl", "J", "gold")) as run:
         for step in run:
-            while len(queue) < cfg.prompts:
-                queue += random.sample(prompts, len(prompts))
-            asked, queue = queue[: cfg.prompts], queue[cfg.prompts :]
+            asked = [next(stream) for _ in range(cfg.prompts)]
             batch = collect(cfg, asked, policy, reference, critic, reward)
             if step == 0 and not same:
                 print(f"starting KL of {cfg.init} to {cfg.ref}: {batch.row['kl']:.3f} nats")

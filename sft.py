@@ -24,7 +24,6 @@ empty between measurements), `lr`.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +38,11 @@ from common import Transformer, arg
 class Config:
     steps: int = arg(300, "instruction tuning: gradient steps", low=1)
     batch: int = arg(64, "rows per step, B", low=1)
-    lr: float = arg(3e-3, "instruction tuning: learning rate, falling to 0")
+    lr: float = arg(2e-3, "instruction tuning: learning rate, falling to 0")
     demonstrations: int = arg(2400, "of the built-in world, a sixth of them held out", low=50)
     data: str = arg(None, "your own JSONL: {prompt, completion} or {messages}")
-    base_steps: int = arg(300, "base model: gradient steps", low=1)
-    base_lr: float = arg(4e-3, "base model: learning rate, falling to 0")
+    base_steps: int = arg(200, "base model: gradient steps", low=1)
+    base_lr: float = arg(3e-3, "base model: learning rate, falling to 0")
     raw: str = arg(None, "your own UTF-8 text for the base model, which is made anew")
     max_new_tokens: int = arg(24, "longest sampled answer, in tokens", low=1)
     init: str = arg("base", "the model to start from, under --runs")
@@ -69,51 +68,33 @@ def sft_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------ data
 
 
-def raw_windows(text: str, width: int = 32) -> Callable:
-    """A function from B to B random windows of the text: tokens (B, T), mask all True."""
+def raw_windows(text: str, width: int = 32) -> tuple[Tensor, Tensor]:
+    """The text cut into B windows: tokens (B, T), and a mask that is True everywhere."""
     ids = torch.tensor(common.encode(text))
-    width = min(width, len(ids) - 1)
-
-    def draw(rows: int) -> tuple[Tensor, Tensor]:
-        start = torch.randint(len(ids) - width, (rows, 1))
-        tokens = ids[start + torch.arange(width)]
-        return tokens, torch.ones_like(tokens, dtype=torch.bool)
-
-    return draw
+    width = min(width, len(ids))
+    tokens = ids[: len(ids) // width * width].view(-1, width)
+    return tokens, torch.ones_like(tokens, dtype=torch.bool)
 
 
-def chat_rows(rows: list[dict]) -> Callable:
-    """A function from B to the next B rows, in an order shuffled anew when all were seen."""
-    tokens, mask = common.collate([common.answer_ids(row) for row in rows])
-    waiting = []
-
-    def draw(count: int) -> tuple[Tensor, Tensor]:
-        if not waiting:
-            waiting.extend(common.batches(mask, count))
-        return common.take(waiting.pop(), tokens, mask)
-
-    return draw
+def chat_rows(rows: list[dict]) -> tuple[Tensor, Tensor]:
+    """[USER] prompt [ASSISTANT] response [EOS]: tokens (B, T), and the response's mask."""
+    return common.collate([common.answer_ids(row) for row in rows])
 
 
 # ---------------------------------------------------------------------------------- update
 
 
-def train(
-    cfg: Config,
-    out: str,
-    model: Transformer,
-    draw: Callable,
-    held: Callable,
-    lr: float,
-    steps: int,
-) -> None:
-    """Descend L on batches from `draw`, and save to runs/`out`."""
-    device, optimizer = model.device, common.adamw(model)
-    held_tokens, held_mask = (x.to(device) for x in held(256))
+def train(cfg: Config, out: str, model: Transformer, rows, held, lr: float, steps: int) -> None:
+    """Descend L on rows = (tokens, mask), measure it on `held`, and save to runs/`out`."""
+    (tokens, mask), (held_tokens, held_mask) = (
+        [x.to(model.device) for x in y] for y in (rows, held)
+    )
+    optimizer, queue = common.adamw(model), []
     with common.Run(cfg, out, model, steps, show=("loss", "held_out_loss")) as run:
         for step in run:
-            tokens, mask = (x.to(device) for x in draw(cfg.batch))
-            loss = sft_loss(common.token_logprobs(model, tokens, mask), mask)
+            queue = queue or common.batches(mask, cfg.batch)
+            batch, batch_mask = common.take(queue.pop(), tokens, mask)
+            loss = sft_loss(common.token_logprobs(model, batch, batch_mask), batch_mask)
             now = lr * (1 - step / steps)
             value = common.descend(loss, model, optimizer, now, f"{out}, step {step}")
             held_out_loss = math.nan
@@ -130,8 +111,8 @@ def make_base(cfg: Config, device: torch.device) -> None:
     text = common.read_text(cfg.raw) if cfg.raw else common.raw_text(cfg.seed)
     cut = int(len(text) * 0.95)  # the end of the text is held out
     model = Transformer(common.ModelConfig()).to(device)
-    draw, held = raw_windows(text[:cut]), raw_windows(text[cut:])
-    train(cfg, "base", model, draw, held, cfg.base_lr, cfg.base_steps)
+    rows, held = raw_windows(text[:cut]), [x[:256] for x in raw_windows(text[cut:])]
+    train(cfg, "base", model, rows, held, cfg.base_lr, cfg.base_steps)
 
 
 def main(cfg: Config) -> None:
@@ -148,7 +129,8 @@ def main(cfg: Config) -> None:
 
     common.seed_all(cfg.seed)
     print(f"{cfg.runs}/{cfg.out}: instruction tuning on {len(train_rows)} demonstrations")
-    train(cfg, cfg.out, model, chat_rows(train_rows), chat_rows(held_rows), cfg.lr, cfg.steps)
+    rows, held = chat_rows(train_rows), chat_rows(held_rows[:512])
+    train(cfg, cfg.out, model, rows, held, cfg.lr, cfg.steps)
 
     prompts = (
         [row["prompt"] for row in held_rows] if cfg.data else common.read_prompts(None, 0)[1]
