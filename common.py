@@ -86,11 +86,11 @@ def collate(rows: list[tuple[list[int], list[int]]], device=None) -> tuple[Tenso
 @dataclass
 class ModelConfig:
     vocab_size: int = VOCAB_SIZE
-    channels: int = 96
-    layers: int = 3
-    heads: int = 3
-    kv_heads: int = 3
-    hidden: int = 256
+    channels: int = 128
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 4
+    hidden: int = 352
     context: int = 512
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
