@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -804,10 +805,10 @@ def load_reward(cfg, device: torch.device) -> Reward:
     return Reward(cfg.reward or cfg.reward_model, cfg.runs, device)
 
 
-def find_reward(cfg, device: torch.device) -> Reward | None:
+def find_reward(cfg, device: torch.device, name: str = "reward_model") -> Reward | None:
     """The reward of the closing table in scripts that do not train on one."""
-    there = (Path(cfg.runs) / "reward_model" / "model.pt").exists()
-    return Reward("reward_model", cfg.runs, device) if there else None
+    there = (Path(cfg.runs) / name / "model.pt").exists()
+    return Reward(name, cfg.runs, device) if there else None
 
 
 def completions(rollout: Rollout) -> list[str]:
@@ -911,6 +912,66 @@ def shown(answer: dict) -> str:
     return answer["completion"].replace("\n", "⏎") + end
 
 
+def sample(cfg, reward, device) -> None:
+    """Print answers to cfg.question, each with log π(y|x) and, with a reward model, r(x, y)."""
+    policy = load_model(Path(cfg.runs) / cfg.run, "lm", device)
+    rollout = generate(policy, [chat(cfg.question)] * cfg.n, cfg.max_new_tokens)
+    scores = reward([cfg.question] * cfg.n, rollout).tolist() if reward else [math.nan] * cfg.n
+    rows = zip(completions(rollout), rollout.finished.tolist(), rollout.logprobs.sum(1), scores)
+    for text, finished, logprob, r in rows:
+        numbers = f"log π {logprob:7.2f}" + (f"   r {r:+.2f}" if reward else "")
+        print(f"{numbers}   {shown({'completion': text, 'finished': finished})}")
+
+
+def draw_frontier(cfg, found: dict[str, list[dict]], device) -> None:
+    """runs/frontier.png: reward and gold against KL, a point per run, with the path of its
+    training where metrics.csv has one. Dotted: the best gold at each KL, samples of π_ref
+    weighted by e^{gold/β} (eq:dpo_opt_policy, with the gold reward in place of r)."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("matplotlib is not installed, so no frontier.png is drawn")
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    for name, answers in found.items():
+        mean = {
+            k: sum(a[k] for a in answers) / len(answers)
+            for k in ("log_ratio", "reward", "gold")
+        }
+        path = list(
+            csv.DictReader(read(Path(cfg.runs) / name / "metrics.csv").decode().splitlines())
+        )
+        size = max(1, len(path) // 10)
+        for axis, key in zip(axes, ("reward", "gold")):
+            (dot,) = axis.plot(mean["log_ratio"], mean[key], "o", label=name)
+            if path and path[0].get("kl") and path[0].get(key):
+                x, y = (torch.tensor([float(row[k]) for row in path]) for k in ("kl", key))
+                x, y = ([part.mean() for part in z.split(size)] for z in (x, y))
+                axis.plot(x, y, "-", color=dot.get_color(), alpha=0.4)
+    prompts = [answer["prompt"] for answer in found[cfg.ref][::4]][::6]
+    asked = [prompt for prompt in prompts for _ in range(64)]
+    policy = load_model(Path(cfg.runs) / cfg.ref, "lm", device)
+    parts = [asked[i : i + 512] for i in range(0, len(asked), 512)]
+    gold = []
+    for part in parts:
+        rollout = generate(policy, [chat(prompt) for prompt in part], cfg.max_new_tokens)
+        rows = zip(part, completions(rollout), rollout.finished.tolist())
+        gold += [gold_reward(*row) for row in rows]
+    gold = torch.tensor(gold).view(-1, 64)
+    if not gold.isnan().any():
+        weights = [(gold / beta).softmax(1) for beta in np.geomspace(0.15, 20, 60)]
+        x = [(w * (64 * w).clamp(min=1e-30).log()).sum(1).mean() for w in weights]
+        axes[1].plot(x, [(w * gold).sum(1).mean() for w in weights], "k:", label="ideal")
+    for axis, key in zip(axes, ("reward", "gold")):
+        axis.set(xlabel=f"KL to {cfg.ref}, nats per response", ylabel=key)
+    axes[1].legend(fontsize=8)
+    figure.tight_layout()
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
+    write(Path(cfg.runs) / "frontier.png", picture.getvalue())
+    print(f"{cfg.runs}/frontier.png: reward and gold against KL")
+
+
 # ---------------------------------------------------------------------------- command line
 
 
@@ -946,7 +1007,30 @@ def parse(config: type, doc: str):
 
 
 def main() -> None:
-    pass
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    table = commands.add_parser("report", help="the table over all runs, and runs/frontier.png")
+    table.add_argument("--ref", default="sft", help="π_ref of the KL and the win rate")
+    table.add_argument("--data", help="held-out prompts from your own JSONL of {prompt}")
+    ask = commands.add_parser("sample", help="ask a trained model something")
+    ask.add_argument("run", help="a policy under --runs")
+    ask.add_argument("question")
+    ask.add_argument("-n", type=int, default=4, help="answers (default: 4)")
+    for sub in (table, ask):
+        sub.add_argument("--reward-model", default="reward_model", help="r, if it is there")
+        sub.add_argument("--max-new-tokens", type=int, default=24)
+        sub.add_argument("--runs", default="runs")
+        sub.add_argument("--device", default="auto")
+    cfg = parser.parse_args()
+    device = pick_device(cfg.device)
+    reward = find_reward(cfg, device, cfg.reward_model)
+    if cfg.command == "sample":
+        sample(cfg, reward, device)
+    else:
+        found = report(
+            cfg, cfg.ref, reward, read_prompts(cfg.data, cfg.max_new_tokens)[1], device
+        )
+        draw_frontier(cfg, found, device)
 
 
 if __name__ == "__main__":

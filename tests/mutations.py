@@ -1,0 +1,241 @@
+"""Plant known bugs, one at a time, and see which exact test catches each.
+
+    python tests/mutations.py            about a minute a bug on two cores; not part of CI
+
+Each bug is an edit of one line in a copy of the project. The test named beside it is run
+alone in that copy and must fail with an assertion: an import error or a crash in the code
+does not count as a catch. First every test named is run on the project as it is, and passes.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# (what went wrong, file, the line as it is, the line with the bug, the test that catches it)
+BUGS = [
+    (
+        "KL counted as a bonus: + β KL",
+        "ppo.py",
+        "(score - beta * kl).detach()",
+        "(score + beta * kl).detach()",
+        "",
+    ),
+    (
+        "log-ratio of the KL inverted",
+        "ppo.py",
+        "((logprobs - ref_logprobs) * response_mask).sum(1)",
+        "((ref_logprobs - logprobs) * response_mask).sum(1)",
+        "",
+    ),
+    (
+        "KL averaged over tokens",
+        "ppo.py",
+        "kl = ((logprobs - ref_logprobs) * response_mask).sum(1)",
+        "kl = ((logprobs - ref_logprobs) * response_mask).sum(1) / response_mask.sum(1)",
+        "",
+    ),
+    (
+        "response mask shifted by one",
+        "common.py",
+        "response = (column >= lengths[:, None])",
+        "response = (column > lengths[:, None])",
+        "",
+    ),
+    (
+        "EOS dropped from the response",
+        "common.py",
+        "response &= eos.cumsum(1) - eos.long() == 0",
+        "response &= eos.cumsum(1) == 0",
+        "",
+    ),
+    (
+        "clip split by the sign of A",
+        "ppo.py",
+        "torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)",
+        "torch.where(advantages >= 0, torch.min(ratio, ratio.clamp(1 - clip, 1 + clip)), "
+        "torch.max(ratio, ratio.clamp(1 - clip, 1 + clip)) * 0 + ratio) * advantages",
+        "",
+    ),
+    (
+        "mean over a response's tokens for the sum",
+        "ppo.py",
+        "return -(surrogate * response_mask).sum(1).mean()",
+        "return -((surrogate * response_mask).sum(1) / response_mask.sum(1)).mean()",
+        "",
+    ),
+    (
+        "padding counted in the policy loss",
+        "ppo.py",
+        "return -(surrogate * response_mask).sum(1).mean()",
+        "return -surrogate.sum(1).mean()",
+        "",
+    ),
+    (
+        "reference is the policy itself",
+        "ppo.py",
+        'reference = common.load_model(ref, "lm", device).requires_grad_(False)',
+        "reference = policy",
+        "",
+    ),
+    (
+        "score on the last token but one",
+        "ppo.py",
+        "(response_mask & (later == 1))",
+        "(response_mask & (later == 2))",
+        "",
+    ),
+    (
+        "values unshifted: the critic sees the action",
+        "common.py",
+        "return _after(critic(tokens[:, :-1]))",
+        "return critic(tokens)",
+        "",
+    ),
+    (
+        "V read after the response instead of before",
+        "ppo.py",
+        "first = mask & (mask.cumsum(1) == 1)",
+        "first = mask & (mask.flip(1).cumsum(1).flip(1) == 1)",
+        "",
+    ),
+    (
+        "causal flag for a single cached query",
+        "common.py",
+        "causal = T > 1",
+        "causal = True",
+        "",
+    ),
+    (
+        "old log-probs recomputed after the update",
+        "ppo.py",
+        "loss = policy_loss(logprobs, old, advantages[rows], mask, cfg.clip)",
+        "loss = policy_loss(logprobs, logprobs.detach(), advantages[rows], mask, cfg.clip)",
+        "",
+    ),
+    (
+        "leave-one-out mean includes the sample itself",
+        "ppo.py",
+        ".flatten() * n / (n - 1)",
+        ".flatten()",
+        "",
+    ),
+    (
+        "group std with n − 1",
+        "ppo.py",
+        "groups.std(1, correction=0, keepdim=True)",
+        "groups.std(1, correction=1, keepdim=True)",
+        "",
+    ),
+    (
+        "λ left out of GAE's recursion",
+        "ppo.py",
+        "later = (delta + gamma * lam * later)",
+        "later = (delta + gamma * later)",
+        "",
+    ),
+    (
+        "temperature ignored when sampling",
+        "common.py",
+        "model.head(hidden) / temperature",
+        "model.head(hidden)",
+        "",
+    ),
+    (
+        "log-probs of the next token's column",
+        "common.py",
+        "return F.pad(outputs, (1, 0))",
+        "return F.pad(outputs, (0, 1))",
+        "",
+    ),
+    (
+        "score read at the last column, padding or not",
+        "common.py",
+        "return reward_model(tokens).gather(1, last).squeeze(1)",
+        "return reward_model(tokens)[:, -1]",
+        "",
+    ),
+    (
+        "DPO without the reference",
+        "dpo.py",
+        "chosen, rejected = (logprobs - ref_logprobs[part]).unbind(1)",
+        "chosen, rejected = logprobs.unbind(1)",
+        "",
+    ),
+    (
+        "DPO counts prompt and padding",
+        "dpo.py",
+        "logprobs = common.token_logprobs(model, tokens.flatten(0, 1), mask.flatten(0, 1))",
+        "logprobs = common.token_logprobs(model, tokens.flatten(0, 1))",
+        "",
+    ),
+    (
+        "chosen and rejected swapped",
+        "reward_model.py",
+        "return -F.logsigmoid(chosen - rejected - margin)",
+        "return -F.logsigmoid(rejected - chosen - margin)",
+        "",
+    ),
+    (
+        "label smoothing on the wrong side",
+        "dpo.py",
+        "return (1 - eps) * loss(h) + eps * loss(-h)",
+        "return eps * loss(h) + (1 - eps) * loss(-h)",
+        "",
+    ),
+    (
+        "the worst of N selected",
+        "rejection_sampling.py",
+        "return rewards.argmax(1)",
+        "return rewards.argmin(1)",
+        "",
+    ),
+    (
+        "prompt not masked in SFT",
+        "sft.py",
+        "return -(logprobs * mask).sum() / mask.sum()",
+        "return -logprobs.sum() / mask.sum()",
+        "",
+    ),
+]
+
+
+def run(folder: str | Path, test: str) -> tuple[bool, str]:
+    """(passed, why not) of one test in a copy of the project."""
+    command = [sys.executable, "-m", "pytest", "-rf", "-p", "no:cacheprovider", test]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    why = re.findall(r"^(?:FAILED|ERROR) \S+ - (.*)", done.stdout, re.M) or [done.stdout[-200:]]
+    return done.returncode == 0, why[0]
+
+
+def main() -> None:
+    for test in sorted({bug[-1] for bug in BUGS}):
+        passed, why = run(ROOT, test)
+        assert passed, f"{test} fails without any bug: {why}"
+    caught = 0
+    print("| bug | caught by |\n|---|---|")
+    for name, file, line, bug, test in BUGS:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "project"
+            shutil.copytree(
+                ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__")
+            )
+            source = (copy / file).read_text()
+            assert source.count(line) == 1, f"{file}: {source.count(line)} × {line}"
+            (copy / file).write_text(source.replace(line, bug))
+            passed, why = run(copy, test)
+        killed = not passed and why.startswith(("assert", "AssertionError"))
+        caught += killed
+        print(
+            f"| {name} | {'`' + test + '`' if killed else 'NOT CAUGHT: ' + why} |", flush=True
+        )
+    print(f"\n{caught} of {len(BUGS)} caught")
+    sys.exit(caught != len(BUGS))
+
+
+if __name__ == "__main__":
+    main()
