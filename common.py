@@ -28,7 +28,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -959,7 +958,7 @@ def draw_frontier(cfg, found: dict[str, list[dict]], device) -> None:
         gold += [gold_reward(*row) for row in rows]
     gold = torch.tensor(gold).view(-1, 64)
     if not gold.isnan().any():
-        weights = [(gold / beta).softmax(1) for beta in np.geomspace(0.15, 20, 60)]
+        weights = [(gold / beta).softmax(1) for beta in torch.logspace(-0.8, 1.3, 60)]
         x = [(w * (64 * w).clamp(min=1e-30).log()).sum(1).mean() for w in weights]
         axes[1].plot(x, [(w * gold).sum(1).mean() for w in weights], "k:", label="ideal")
     for axis, key in zip(axes, ("reward", "gold")):
