@@ -592,21 +592,31 @@ def is_done(folder: Path) -> bool:
     return (folder / "model.pt").exists() and read_checkpoint(folder)["made"]["done"]
 
 
-MAKERS = {"base": "sft.py", "sft": "sft.py", "reward_model": "reward_model.py"}
+MAKERS = {"base": "sft.py", "sft": "sft.py"}
+MAKERS |= {name: "reward_model.py" for name in ("reward_model", "comparisons")}
 
 
-def ensure(cfg, flag: str) -> Path:
-    """The folder that a flag names. If a default one is missing, the script that makes it
-    runs first; a named one that is missing is an error."""
-    name, default = getattr(cfg, flag), type(cfg).__dataclass_fields__[flag].default
-    folder = Path(cfg.runs) / name
-    maker = f"{name}.py" if (HERE / f"{name}.py").exists() else MAKERS[default]
-    if name != default and not (folder / "model.pt").exists():
-        command = f"python {maker} --runs {cfg.runs} --out {name}"
-        fail(f"--{flag.replace('_', '-')}: {folder} is not there; make it with: {command}")
-    if name == default and not is_done(folder):
-        print(f"{folder} is needed and not there yet: {maker} makes it first", flush=True)
-        command = [sys.executable, HERE / maker, "--runs", cfg.runs]
+def ensure(cfg, *flags: str) -> list[Path]:
+    """The folders of the inputs that these flags name. A named input that is missing is an
+    error; then each default model that is missing is made, by the script that makes it."""
+    defaults = {flag: type(cfg).__dataclass_fields__[flag].default for flag in flags}
+    for flag in flags:
+        for name in getattr(cfg, flag).split(","):
+            file = "comparisons.jsonl" if flag == "comparisons" else "model.pt"
+            if name == defaults[flag] or (Path(cfg.runs) / name / file).exists():
+                continue
+            maker = f"{name}.py" if (HERE / f"{name}.py").exists() else MAKERS[defaults[flag]]
+            how = "--policy NAME --comparisons" if flag == "comparisons" else "--out"
+            fail(
+                f"--{flag.replace('_', '-')}: {cfg.runs}/{name}/{file} is not there; "
+                f"make it with: python {maker} --runs {cfg.runs} {how} {name}"
+            )
+    for flag in flags:
+        name, folder = getattr(cfg, flag), Path(cfg.runs) / getattr(cfg, flag)
+        if name != defaults[flag] or flag == "comparisons" or is_done(folder):
+            continue
+        print(f"{folder} is needed and not there: {MAKERS[name]} makes it first", flush=True)
+        command = [sys.executable, HERE / MAKERS[name], "--runs", cfg.runs]
         command += ["--seed", str(cfg.seed), "--device", cfg.device]
         try:
             code = subprocess.run(command).returncode
@@ -614,23 +624,20 @@ def ensure(cfg, flag: str) -> Path:
             code = 130
         if code:
             raise SystemExit(code)
-    return folder
+    return [Path(cfg.runs) / getattr(cfg, flag) for flag in flags]
 
 
-def comparisons(cfg, policy: str | None, device) -> list[dict]:
+def comparisons(cfg, policy: str, device) -> list[dict]:
     """The judged pairs in runs/NAME/comparisons.jsonl, for each NAME of cfg.comparisons,
-    "a,b". Missing default ones are collected from runs/sft, others from the policy named."""
+    "a,b"; what is missing is collected from the policy."""
     rows = []
     for name in cfg.comparisons.split(","):
         path = Path(cfg.runs) / name / "comparisons.jsonl"
         if not path.exists():
-            if name != "comparisons" and policy is None:
-                command = f"python reward_model.py --policy NAME --comparisons {name}"
-                fail(f"--comparisons: {path} is not there; make it with: {command}")
-            source = Path(cfg.runs) / (policy or "sft")
-            print(f"{path}: {PAIRS} pairs of answers from {source}, judged", flush=True)
+            print(f"{path}: {PAIRS} pairs of answers from {policy}, judged", flush=True)
             seed_all(cfg.seed)
-            collect_comparisons(load_model(source, "lm", device), PAIRS, path)
+            model = load_model(Path(cfg.runs) / policy, "lm", device)
+            collect_comparisons(model, PAIRS, path)
         rows += read_jsonl(path, ("prompt", "chosen", "rejected"))
     return rows
 
@@ -793,15 +800,6 @@ class Reward:
             if not math.isfinite(value):
                 fail(f"--reward {self.source} gave {value} for {prompt!r} and {text!r}")
         return torch.tensor(values, device=rollout.tokens.device)
-
-
-def load_reward(cfg, device: torch.device) -> Reward:
-    """The reader's own function if --reward names one, else the reward model."""
-    if not cfg.reward:
-        ensure(cfg, "reward_model")
-    elif ".py:" not in cfg.reward:
-        fail(f"--reward {cfg.reward}: give FILE.py:function, or --reward-model NAME")
-    return Reward(cfg.reward or cfg.reward_model, cfg.runs, device)
 
 
 def find_reward(cfg, device: torch.device, name: str = "reward_model") -> Reward | None:

@@ -147,7 +147,7 @@ def pair_row(beta: float, loss, nll, chosen, rejected, logprobs) -> dict[str, fl
     # r(x, y) = β log π(y|x)/π_ref(y|x), up to a function of x
     row |= {"reward_chosen": beta * chosen.mean(), "reward_rejected": beta * rejected.mean()}
     row |= {"margin": row["reward_chosen"] - row["reward_rejected"]}
-    row |= {"accuracy": (chosen > rejected).double().mean()}
+    row |= {"accuracy": (chosen > rejected).float().mean()}
     row |= {"chosen_logp": logprobs[:, 0].mean(), "rejected_logp": logprobs[:, 1].mean()}
     return {key: value.item() for key, value in row.items()}
 
@@ -159,8 +159,9 @@ def main(cfg: Config) -> None:
         )
     device = common.pick_device(cfg.device)
     own = cfg.data and common.read_jsonl(cfg.data, ("prompt", "chosen", "rejected"))
-    init, ref = common.ensure(cfg, "init"), common.ensure(cfg, "ref")
-    train_rows, held_rows = common.split(own or common.comparisons(cfg, None, device))
+    flags = ("init", "ref") if own else ("init", "ref", "comparisons")
+    init, ref, *_ = common.ensure(cfg, *flags)
+    train_rows, held_rows = common.split(own or common.comparisons(cfg, cfg.ref, device))
     policy = common.load_model(init, "lm", device)
     reference = common.load_model(ref, "lm", device).requires_grad_(False)
 

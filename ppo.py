@@ -40,7 +40,7 @@ from common import arg
 
 @dataclass
 class Config:
-    beta: float = arg(0.4, "β, the price of one nat of KL, in reward per nat")
+    beta: float = arg(0.3, "β, the price of one nat of KL, in reward per nat")
     estimator: str = arg(
         "value", "of the advantage A", choices=("value", "rloo", "grpo", "reinforce", "gae")
     )
@@ -201,8 +201,8 @@ def rollout_row(reward, kl, beta, gold, mask, finished, logprobs, sampled) -> di
         "kl": kl,  # mean Σ_t log π − log π_ref: KL(π ‖ π_ref), nats per response
         "J": reward - beta * kl,  # the objective
         "gold": sum(gold) / len(gold),  # what the annotators value; nothing trains on it
-        "length": mask.sum(1).double().mean().item(),  # tokens per response, EOS included
-        "finished": finished.double().mean().item(),  # share that ended with EOS
+        "length": mask.sum(1).float().mean().item(),  # tokens per response, EOS included
+        "finished": finished.float().mean().item(),  # share that ended with EOS
         "entropy": -logprobs.sum().item() / mask.sum().item(),  # mean −log π, nats per token
         "sampler_gap": (logprobs - sampled).abs().max().item(),  # sampling against scoring
     }
@@ -257,7 +257,7 @@ def update(
             ratio = log_ratio.exp()
             row["ratio_max"] = ratio.max().item()  # the largest ρ_t
             row["clipped"] = (
-                ((ratio - 1).abs() > cfg.clip).double().mean().item()
+                ((ratio - 1).abs() > cfg.clip).float().mean().item()
             )  # share of ρ_t
             stats.append(row)
     mean = {key: sum(row[key] for row in stats) / len(stats) for key in stats[0]}
@@ -269,8 +269,9 @@ def main(cfg: Config) -> None:
         common.fail(f"--samples 1: {cfg.estimator} compares samples; use 2 or more, or value")
     device = common.pick_device(cfg.device)
     prompts, held = common.read_prompts(cfg.data, cfg.max_new_tokens)
-    init, ref = common.ensure(cfg, "init"), common.ensure(cfg, "ref")
-    reward = common.load_reward(cfg, device)
+    flags = ("init", "ref") if cfg.reward else ("init", "ref", "reward_model")
+    init, ref, *_ = common.ensure(cfg, *flags)
+    reward = common.Reward(cfg.reward or cfg.reward_model, cfg.runs, device)
     policy = common.load_model(init, "lm", device)
     reference = common.load_model(ref, "lm", device).requires_grad_(False)
 

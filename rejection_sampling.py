@@ -134,8 +134,9 @@ def main(cfg: Config) -> None:
         )
     device = common.pick_device(cfg.device)
     prompts, held = common.read_prompts(cfg.data, cfg.max_new_tokens)
-    init, ref = common.ensure(cfg, "init"), common.ensure(cfg, "ref")
-    reward = common.load_reward(cfg, device)
+    flags = ("init", "ref") if cfg.reward else ("init", "ref", "reward_model")
+    init, ref, *_ = common.ensure(cfg, *flags)
+    reward = common.Reward(cfg.reward or cfg.reward_model, cfg.runs, device)
     policy = common.load_model(init, "lm", device)
     reference = common.load_model(ref, "lm", device).requires_grad_(False)
 

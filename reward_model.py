@@ -40,12 +40,12 @@ from common import Transformer, arg
 class Config:
     pairs: int = arg(20_000, "train on at most so many comparisons", low=1)
     epochs: int = arg(2, "passes over the comparisons", low=1)
-    batch: int = arg(64, "pairs per step", low=1)
+    batch: int = arg(32, "pairs per step", low=1)
     lr: float = arg(1e-3, "learning rate, falling to 0")
     margin: float = arg(0.0, "m, by how much the chosen score must be ahead")
     data: str = arg(None, "your own JSONL: {prompt, chosen, rejected}")
     comparisons: str = arg("comparisons", "judged pairs under --runs, or several: a,b")
-    policy: str = arg(None, "collect missing comparisons from this run (default: sft)")
+    policy: str = arg(None, "collect missing comparisons from this run; or from init")
     max_new_tokens: int = arg(24, "longest answer in the closing table, in tokens", low=1)
     max_new_tokens: int = arg(24, "longest answer in the closing table, in tokens", low=1)
     init: str = arg("sft", "the model whose trunk r starts from, under --runs")
@@ -98,7 +98,7 @@ def train(cfg: Config, model: Transformer, rows: list[dict]) -> None:
             loss = bradley_terry_loss(chosen, rejected, cfg.margin).mean()
             lr = cfg.lr * (1 - step / len(order))
             value = common.descend(loss, model, optimizer, lr, f"step {step}")
-            run.log(loss=value, accuracy=(chosen > rejected).double().mean().item(), lr=lr)
+            run.log(loss=value, accuracy=(chosen > rejected).float().mean().item(), lr=lr)
         center(cfg, model, rows)
 
 
@@ -119,7 +119,7 @@ def accuracy(model: Transformer, rows: list[dict]) -> str:
     """Held-out accuracy; in the world, beside what annotator noise allows at most."""
     tokens, mask = encode_pairs(rows, model.device)
     parts = [pair_scores(model, t, m) for t, m in zip(tokens.split(256), mask.split(256))]
-    gap = torch.cat([chosen - rejected for chosen, rejected in parts]).double().cpu()
+    gap = torch.cat([chosen - rejected for chosen, rejected in parts]).cpu().double()
     line = f"{len(rows)} held-out pairs: chosen preferred in {(gap > 0).double().mean():.3f}"
     gold = [
         [
@@ -151,8 +151,10 @@ def show(model: Transformer, rows: list[dict]) -> None:
 def main(cfg: Config) -> None:
     device = common.pick_device(cfg.device)
     own = cfg.data and common.read_jsonl(cfg.data, ("prompt", "chosen", "rejected"))
-    init = common.ensure(cfg, "init")
-    train_rows, held_rows = common.split(own or common.comparisons(cfg, cfg.policy, device))
+    flags = ("init",) if own or cfg.policy else ("init", "comparisons")
+    init, *_ = common.ensure(cfg, *flags)
+    policy = cfg.policy or cfg.init
+    train_rows, held_rows = common.split(own or common.comparisons(cfg, policy, device))
     common.seed_all(cfg.seed)
     random.shuffle(train_rows)  # so that --pairs takes from all files alike
     train_rows = train_rows[: cfg.pairs]

@@ -125,7 +125,7 @@ def main(cfg: Config) -> None:
     common.seed_all(cfg.seed)
     if cfg.init == "base" and (cfg.raw or not common.is_done(Path(cfg.runs) / "base")):
         make_base(cfg, device)
-    model = common.load_model(common.ensure(cfg, "init"), "lm", device)
+    model = common.load_model(common.ensure(cfg, "init")[0], "lm", device)
 
     common.seed_all(cfg.seed)
     print(f"{cfg.runs}/{cfg.out}: instruction tuning on {len(train_rows)} demonstrations")
