@@ -35,12 +35,12 @@ from common import arg
 
 @dataclass
 class Config:
-    prompts: int = arg(1024, "M, prompts per round", low=1)
+    prompts: int = arg(2048, "M, prompts per round", low=1)
     samples: int = arg(8, "N, completions per prompt", low=1)
     select: str = arg("per_prompt", "S(R)", choices=("per_prompt", "top_k", "random"))
     top_k: int = arg(1024, "K, answers kept by --select top_k", low=1)
     rounds: int = arg(1, "sample, select, imitate; so many times", low=1)
-    steps: int = arg(64, "gradient steps per round", low=1)
+    steps: int = arg(96, "gradient steps per round", low=1)
     batch: int = arg(64, "selected answers per step", low=1)
     lr: float = arg(3e-4, "learning rate, falling to 0 in each round")
     temperature: float = arg(1.0, "of the samples; above 1 for more variety", low=0.01)
