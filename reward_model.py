@@ -47,7 +47,6 @@ class Config:
     comparisons: str = arg("comparisons", "judged pairs under --runs, or several: a,b")
     policy: str = arg(None, "collect missing comparisons from this run; or from init")
     max_new_tokens: int = arg(24, "longest answer in the closing table, in tokens", low=1)
-    max_new_tokens: int = arg(24, "longest answer in the closing table, in tokens", low=1)
     init: str = arg("sft", "the model whose trunk r starts from, under --runs")
     out: str = arg("reward_model", "where the result goes, under --runs")
     runs: str = arg("runs", "the folder of all runs")
