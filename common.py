@@ -23,6 +23,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -213,35 +214,16 @@ def generate(
     prompt token, a row whose prompt is over samples. So there is no left padding, no mask.
     """
     device, lengths = model.device, torch.tensor([len(p) for p in prompts])
-    B, start, T = len(prompts), int(lengths.min()), int(lengths.max()) + max_new_tokens
+    start, T = int(lengths.min()), int(lengths.max()) + max_new_tokens
     if start < 1 or max_new_tokens < 1 or temperature <= 0 or model.config.context < T:
         raise ValueError("generate: an empty prompt, nothing to sample, or over the context")
     tokens = torch.tensor([p + [PAD] * (T - len(p)) for p in prompts], device=device)
     lengths = lengths.to(device)
     ends = lengths + max_new_tokens
-    logprobs = torch.zeros(B, T, dtype=model.embed.weight.dtype, device=device)
-    noise = torch.rand_like(logprobs)  # one u per token: rows do not depend on each other
-    c = model.config
-    size = (c.layers, 2, B, c.kv_heads, T, c.channels // c.heads)
-    cache, read = logprobs.new_empty(size), 0
-    rows = torch.arange(B, device=device)  # the rows that are still in the batch
-    for t in range(start, T):
-        hidden = model.trunk(tokens[rows, read:t], cache, read)[:, -1]
-        logp = F.log_softmax(model.head(hidden) / temperature, -1)  # (rows, V)
-        # inverse CDF: the first token whose cumulative probability exceeds u
-        token = (logp.exp().cumsum(-1) <= noise[rows, t, None]).sum(-1)
-        token = torch.where(
-            t < lengths[rows], tokens[rows, t], token.clamp(max=c.vocab_size - 1)
-        )
-        tokens[rows, t], read = token, t
-        logprobs[rows, t] = logp.gather(-1, token[:, None]).squeeze(-1)
-        if device.type == "cpu":  # rows that have stopped leave; elsewhere asking would wait
-            going = (t < lengths[rows]) | ((token != EOS) & (t + 1 < ends[rows]))
-            keep = going.nonzero().squeeze(-1)
-            if len(keep) == 0:
-                break
-            if len(keep) < 0.8 * len(rows):
-                rows, cache = rows[keep], cache[:, :, keep]
+    # one u per token, drawn before the loop: rows do not depend on each other
+    noise = torch.rand(tokens.shape, dtype=model.embed.weight.dtype, device=device)
+    decode = _decode_on_cuda if device.type == "cuda" else _decode
+    tokens, logprobs = decode(model, tokens, lengths, ends, noise, start, temperature)
     column = torch.arange(T, device=device)
     response = (column >= lengths[:, None]) & (column < ends[:, None])
     eos = response & (tokens == EOS)
@@ -250,6 +232,81 @@ def generate(
     tokens = torch.where(response | (column < lengths[:, None]), tokens, PAD)[:, :longest]
     logprobs = torch.where(response, logprobs, 0.0)[:, :longest]
     return Rollout(tokens, response[:, :longest], (eos & response).any(1), logprobs)
+
+
+def _decode(
+    model: Transformer,
+    tokens: Tensor,  # (B, T) prompts, then PAD
+    lengths: Tensor,  # (B,) of the prompts; ends (B,) where the responses end at the latest
+    ends: Tensor,
+    noise: Tensor,  # (B, T)
+    start: int,  # where the shortest prompt ends
+    temperature: float,
+    leave: bool = True,  # rows that are over leave the batch; asking which waits for the device
+) -> tuple[Tensor, Tensor]:
+    """The token loop: tokens with samples in place of PAD, and their log-probs, (B, T)."""
+    B, T, c = *tokens.shape, model.config
+    tokens, logprobs = tokens.clone(), torch.zeros_like(noise)
+    cache = noise.new_empty(c.layers, 2, B, c.kv_heads, T, c.channels // c.heads)
+    rows, read = torch.arange(B, device=tokens.device), 0  # rows still in the batch
+    if leave and start > 1:  # the N samples of a prompt share its beginning: read it once
+        begun, which = tokens[:, : start - 1].unique(dim=0, return_inverse=True)
+        shared, read = (
+            cache.new_empty(*cache[:, :, : len(begun), :, : start - 1].shape),
+            start - 1,
+        )
+        model.trunk(begun, shared)
+        cache[..., :read, :] = shared[:, :, which]
+    new = tokens[:, read:start]
+    for t in range(start, T):
+        logits = model.head(model.trunk(new, cache, t - new.shape[1])[:, -1])
+        p = (logits / temperature).softmax(-1)  # (rows, V)
+        # inverse CDF: the first token whose cumulative probability exceeds u
+        cdf = p.cumsum(-1)
+        token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True)
+        logprobs[rows, t] = p.gather(-1, token).log().squeeze(-1)
+        token = torch.where(t < lengths[rows], tokens[rows, t], token.squeeze(-1))
+        tokens[rows, t], new = token, token[:, None]
+        if leave:
+            over = (t >= lengths[rows]) & ((token == EOS) | (t + 1 >= ends[rows]))
+            keep = (~over).nonzero().squeeze(-1)
+            if len(keep) == 0:
+                break
+            if len(keep) < 0.8 * len(rows):  # not at every step: moving the cache costs too
+                rows, cache, new = rows[keep], cache[:, :, keep], new[keep]
+    return tokens, logprobs
+
+
+_graphs = weakref.WeakKeyDictionary()  # model -> {shape of the work: its captured graph}
+
+
+@torch.no_grad()
+def _decode_on_cuda(model, tokens, lengths, ends, noise, start, temperature):
+    """_decode as one captured CUDA graph per shape of work. A small model's token loop is
+    thousands of short kernels: replayed, they wait neither for Python nor for each other's
+    launch. Weights are read where they lie, so a graph stays right while they are trained."""
+    B, T = tokens.shape
+    start = max(1, start // 4 * 4)  # rounded, so that few shapes are captured
+    more = min(-T % 8, model.config.context - T)
+    given = [F.pad(tokens, (0, more), value=PAD), lengths, ends, F.pad(noise, (0, more))]
+    graphs = _graphs.setdefault(model, {})
+    key = (B, T + more, start, temperature)
+    if key not in graphs:
+        inputs, side = [x.clone() for x in given], torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # outside the capture libraries choose their kernels
+            _decode(model, *inputs, start, temperature, leave=False)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(graphs.values()))[0].pool() if graphs else None  # one KV cache for all
+        with torch.cuda.graph(graph, pool=pool):
+            outputs = _decode(model, *inputs, start, temperature, leave=False)
+        graphs[key] = graph, inputs, outputs
+    graph, inputs, outputs = graphs[key]
+    for buffer, value in zip(inputs, given):
+        buffer.copy_(value)
+    graph.replay()
+    return [x[:, :T].clone() for x in outputs]
 
 
 def _after(outputs: Tensor) -> Tensor:

@@ -8,16 +8,16 @@ PAD is one of the 4 tokens too, so a mask made from `tokens != PAD` would be wro
 """
 
 import itertools
-import math
 
 import torch
 from torch import Tensor
 
-import common
 from common import EOS, PAD, ModelConfig, Rollout, Transformer
 
 V, LONGEST = 4, 3
-PROMPTS = [[1], [2, 1], [1, 3, 2]]  # ragged, so that padding and positions matter
+# ragged, so that padding and positions matter. π* must be a policy this Transformer can be: no
+# prompt is the beginning of another, and none one token repeated, which attention cannot count
+PROMPTS = [[1, 2], [2, 3, 1], [3, 1, 1, 2]]
 NAMES = ["0", "1", "2"]  # what ppo.collect is given; `chat` turns them into PROMPTS
 
 
@@ -38,15 +38,14 @@ def completions(longest: int = LONGEST) -> list[tuple[int, ...]]:
     return [y for y in tokens if y[-1] == EOS or len(y) == longest]
 
 
-def transformer(seed: int, head: str = "lm", spread: float = 2.0, **sizes) -> Transformer:
+def transformer(seed: int, head: str = "lm", spread: float = 1.0, **sizes) -> Transformer:
     """A Transformer in float64. With a larger spread the probabilities differ by more."""
     shape = dict(channels=8, layers=2, heads=2, kv_heads=2, hidden=16, context=16) | sizes
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Transformer(ModelConfig(vocab_size=V, **shape), head).double()
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.mul_(spread if name == "embed.weight" else 1.0)
+        model.embed.weight.mul_(spread)
     return model
 
 
@@ -152,10 +151,12 @@ def tuples(n: int, longest: int = LONGEST) -> Tensor:
 
 def number(tokens: Tensor, mask: Tensor, longest: int = LONGEST) -> Tensor:
     """Which completion each row holds where its mask is True, (B,); −1 for none of them."""
-    known = {y: i for i, y in enumerate(completions(longest))}
-    rows = zip(tokens.tolist(), mask.tolist())
-    found = (tuple(t for t, on in zip(ids, keep) if on) for ids, keep in rows)
-    return torch.tensor([known.get(y, -1) for y in found])
+    known = torch.full(((V + 1) ** longest,), -1)  # a completion is read as a number
+    for i, y in enumerate(completions(longest)):
+        known[sum((token + 1) * (V + 1) ** t for t, token in enumerate(y))] = i
+    place = (V + 1) ** (mask.cumsum(1) - 1).clamp(min=0)
+    code = ((tokens + 1) * place * mask).sum(1)
+    return torch.where(code < len(known), known[code.clamp(max=len(known) - 1)], -1)
 
 
 class Table:
@@ -171,21 +172,18 @@ class Table:
         return self.r[torch.tensor([int(name) for name in names]), y]
 
 
-def chi_square(counts: Tensor, p: Tensor) -> float:
-    """The p-value of these counts under the law p; cells that expect < 5 are pooled."""
-    expected = counts.sum() * p
-    rare = expected < 5
-    if rare.any():
+def fits(rollout: Rollout, p: Tensor) -> float:
+    """The p-value of χ² for completions of M prompts, as many of each and in their order,
+    under p (M, 40). Cells that expect < 5 are pooled; 0 if a completion is impossible."""
+    y = number(rollout.tokens, rollout.response_mask).view(len(p), -1)
+    statistic, freedom = 0.0, 0
+    for found, law in zip(y, p):
+        if (found < 0).any():
+            return 0.0
+        counts, expected = found.bincount(minlength=len(law)).double(), len(found) * law
+        rare = expected < 5
         counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
         expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    freedom = torch.tensor((len(counts) - 1) / 2, dtype=torch.float64)
-    return torch.special.gammaincc(freedom, statistic / 2).item()
-
-
-def fits(rollout: Rollout, p: Tensor) -> float:
-    """The p-value of the rollout's completions under p (40,); 0 if one is impossible."""
-    found = number(rollout.tokens, rollout.response_mask)
-    if (found < 0).any():
-        return 0.0
-    return chi_square(found.bincount(minlength=len(p)).double(), p)
+        statistic += ((counts - expected).square() / expected)[expected > 0].sum()
+        freedom += int((expected > 0).sum()) - 1
+    return torch.special.gammaincc(torch.tensor(freedom / 2.0), statistic / 2).item()
