@@ -628,7 +628,7 @@ def read_checkpoint(folder: Path) -> dict:
         return {key: saved[key] for key in ("head", "config", "made", "weights")}
     except Exception as error:
         fail(
-            f"{path} is not a checkpoint made here ({str(error).splitlines()[0]}); name another"
+            f"{path} is not a checkpoint made here ({(str(error) or repr(error)).splitlines()[0]}); name another"
         )
 
 
@@ -802,8 +802,8 @@ class Run:
             print(f"{self.folder.name} {len(self.rows)}/{self.steps}  {line}", flush=True)
 
     def save(self, done: bool) -> None:
+        """The weights last: where they are, the files about them are there too."""
         flags = asdict(self.cfg)
-        save_model(self.folder, self.model, {"flags": flags, "done": done})
         if self.rows:
             text = io.StringIO()
             table = csv.DictWriter(text, self.rows[0], lineterminator="\n")
@@ -815,6 +815,7 @@ class Run:
         about |= {"python": sys.version.split()[0], "device": str(self.model.device)}
         about |= {"seconds": round(time.time() - self.began, 1), "done": done}
         write(self.folder / "config.json", json.dumps(about, indent=1) + "\n")
+        save_model(self.folder, self.model, {"flags": flags, "done": done})
 
 
 def crc(path: str | Path) -> str:
@@ -992,9 +993,9 @@ def draw_frontier(cfg, found: dict[str, list[dict]], device) -> None:
             k: sum(a[k] for a in answers) / len(answers)
             for k in ("log_ratio", "reward", "gold")
         }
-        path = list(
-            csv.DictReader(read(Path(cfg.runs) / name / "metrics.csv").decode().splitlines())
-        )
+        metrics = Path(cfg.runs) / name / "metrics.csv"  # none after Ctrl-C at the first step
+        lines = read(metrics).decode().splitlines() if metrics.exists() else []
+        path = list(csv.DictReader(lines))
         size = max(1, len(path) // 10)
         for axis, key in zip(axes, ("reward", "gold")):
             (dot,) = axis.plot(mean["log_ratio"], mean[key], "o", label=name)

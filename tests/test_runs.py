@@ -1,0 +1,109 @@
+"""Whole runs as a reader starts them, with default settings. Slow: python -m pytest -m slow"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("sft", "reward_model", "rejection_sampling", "ppo", "dpo")
+
+
+def start(runs: Path, script: str, *flags: str, **how) -> subprocess.Popen:
+    command = [sys.executable, ROOT / f"{script}.py", "--runs", runs, "--device", "cpu", *flags]
+    return subprocess.Popen(command, cwd=runs.parent, text=True, **how)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """runs/ after `python ppo.py` from an empty folder, then the other two tools."""
+    runs = tmp_path_factory.mktemp("recipe") / "runs"
+    for script in ("ppo", "rejection_sampling", "dpo"):
+        assert start(runs, script).wait() == 0
+    return runs
+
+
+def means(runs: Path, name: str) -> dict[str, float]:
+    """Of the answers to held-out prompts, as the closing table has them."""
+    kept = runs / name / "evaluation_reward_model.json"
+    answers = json.loads(kept.read_text())["answers"]
+    keys = ("gold", "right", "log_ratio", "finished", "reward")
+    return {key: sum(answer[key] for answer in answers) / len(answers) for key in keys}
+
+
+def test_every_tool_buys_reward_at_its_price(recipe):
+    """Catches a default that no longer learns, and a KL that runs away."""
+    sft, ppo, rs, dpo = (means(recipe, n) for n in ("sft", "ppo", "rejection_sampling", "dpo"))
+    assert sft["finished"] >= 0.98
+    assert sft["gold"] < 1.2
+    assert sft["log_ratio"] == 0
+    assert ppo["gold"] >= 2.4
+    assert ppo["right"] >= 0.85
+    assert ppo["log_ratio"] <= 3.5
+    assert rs["gold"] >= 2.0
+    assert rs["log_ratio"] <= 1.5
+    assert dpo["gold"] >= 2.3
+    assert dpo["log_ratio"] <= 3.5
+
+
+def test_report_and_sample(recipe):
+    """The table has a row a run, and a trained model answers."""
+    for command in (["report"], ["sample", "ppo", "where does the owl live?", "-n", "2"]):
+        command = [sys.executable, ROOT / "common.py", *command, "--runs", recipe]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "dpo" in said if "report" in command else said.count("log π") == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_that_is_killed_leaves_whole_files(recipe, script):
+    """SIGKILL at four random moments a script, twenty in all: every checkpoint can be loaded,
+    every table and JSON file read, and the next run works without cleaning up."""
+    rng = random.Random(script)
+    for _ in range(4):
+        process = start(recipe, script, "--out", "killed", stdout=subprocess.DEVNULL)
+        time.sleep(rng.uniform(1, 25))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for file in recipe.rglob("*"):
+            if file.name == "model.pt":
+                common.read_checkpoint(file.parent)
+            elif file.suffix == ".json":
+                json.loads(file.read_text())
+            elif file.name == "metrics.csv":
+                lines = file.read_text().splitlines()
+                assert len({line.count(",") for line in lines}) == 1
+    command = [sys.executable, ROOT / "common.py", "report", "--runs", recipe]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(recipe):
+    """Catches an interrupt that loses the steps so far."""
+    process = start(
+        recipe,
+        "ppo",
+        "--out",
+        "stopped",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    for line in process.stdout:
+        if line.startswith("stopped 6/60"):
+            break
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate()[1]
+    assert process.returncode == 130
+    assert "--init stopped" in errors
+    model = common.load_model(recipe / "stopped", "lm", torch.device("cpu"))
+    assert all(weight.isfinite().all() for weight in model.parameters())
+    assert start(recipe, "ppo", "--init", "stopped", "--steps", "2", "--out", "on").wait() == 0
