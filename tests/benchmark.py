@@ -1,26 +1,23 @@
 """Time the project beside `transformers`: same weights, same batches, measured in turn.
 
-python tests/benchmark.py                              all parts, about six minutes
-python tests/benchmark.py --threads 1 --part compare   or step, or growth
+python tests/benchmark.py                 needs runs/sft; compares where transformers is there
+python tests/benchmark.py --threads 1
 """
 
-import copy
 import ctypes
 import math
-import random
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import median
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common, dpo, ppo, reward_model, sft  # noqa: E401, E402, I001
+import common, dpo, reward_model, sft  # noqa: E401, E402, I001
 from common import EOS, PAD, ModelConfig, Transformer, arg  # noqa: E402
 
 try:
@@ -31,10 +28,9 @@ except ImportError:
 
 @dataclass
 class Config:
-    part: str = arg("all", "what to measure", choices=("compare", "step", "growth", "all"))
     threads: int = arg(torch.get_num_threads(), "of torch, on a CPU", low=1)
     rounds: int = arg(7, "alternations of ours and theirs", low=1)
-    runs: str = arg("runs", "has the SFT model, or one is trained in a temporary folder")
+    runs: str = arg("runs", "the folder that has the SFT model")
     device: str = arg("auto", "auto, cpu or cuda")
 
 
@@ -71,12 +67,6 @@ def matmuls(c: ModelConfig, positions: float, logits: float) -> list[tuple[int, 
     return [(round(positions), *shape) for shape in block * c.layers] + head
 
 
-def flop(c: ModelConfig, positions: float, keys: float, logits: float) -> float:
-    """What one forward pass needs, where a position meets so many keys in the mean."""
-    products = sum(2 * n * i * o for n, i, o in matmuls(c, positions, logits))
-    return products + 4 * c.layers * c.channels * positions * keys
-
-
 def matmul_rate(shapes, device, backward: bool = False) -> float:
     """FLOP/s of these products in turn, best of 7; backward: with those of the gradients."""
     sizes = [((n, i), (o, i), (n, o)) for n, i, o in shapes]
@@ -95,9 +85,9 @@ NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "scalar": "score"}
 NAMES |= {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 NAMES |= {"qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "down": "mlp.down_proj"}
 NAMES |= {"out": "self_attn.o_proj", "gate_up": "mlp.gate_proj mlp.up_proj"}
-SHAPE = """vocab_size vocab_size hidden_size channels intermediate_size hidden rope_theta rope_theta
-num_hidden_layers layers num_attention_heads heads num_key_value_heads kv_heads
-max_position_embeddings context rms_norm_eps norm_eps""".split()
+SHAPE = """vocab_size vocab_size hidden_size channels intermediate_size hidden
+rope_theta rope_theta num_hidden_layers layers num_attention_heads heads num_key_value_heads
+kv_heads max_position_embeddings context rms_norm_eps norm_eps""".split()
 
 
 def as_llama(model: Transformer, pick):
@@ -164,9 +154,80 @@ def check(model: Transformer, twin, kind: str, batches) -> None:
     """Ours and theirs have equal logits and gradients: they are the same model."""
     tokens, mask, there, ref = batches[0]
     for side in (model, twin):
+        side.zero_grad()
         LOSSES[kind](outputs(side, tokens, mask, there), mask, ref).backward()
     grads = {name: p.grad for name, p in twin.named_parameters()}
     off = [g - grads[name] for name, g in as_llama(model, lambda p: p.grad)]
     if model.kind == "lm":
         off += [(model(tokens) - twin(tokens, attention_mask=there).logits)[there.bool()]]
     assert max(x.abs().max() for x in off) < 1e-4, "ours and theirs are not the same model"
+
+
+def training_batches(model: Transformer, kind: str, device) -> list:
+    """Four batches of 64 rows as the scripts make them, with log-probs of a reference."""
+    torch.manual_seed(0)
+    prompts = [common.chat(prompt) for prompt in list(common.QUESTIONS)[:256]]
+    rollout = common.generate(model, prompts, 24)
+    made = []
+    for tokens, mask in zip(rollout.tokens.split(64), rollout.response_mask.split(64)):
+        made.append((tokens, mask, tokens != PAD, torch.zeros(32, 2, device=device)))
+    return made
+
+
+def compare(name: str, ours, theirs: list, rounds: int, rate: float, shapes=()) -> None:
+    """Print tokens/s of ours and of the best of theirs, measured in turn; the range of the
+    ratio; and of a training step what share of the matmul rate at its shapes it reaches."""
+    cuda = torch.cuda.is_available()
+    memory = peak(ours, cuda), *(peak(run, cuda) for run in theirs)
+    speed = []
+    for _ in range(rounds):
+        row = [(tokens / seconds) for seconds, tokens in map(timed, (ours, *theirs))]
+        speed.append((row[0], max(row[1:], default=math.nan)))
+    mine, best = (sorted(column) for column in zip(*speed))
+    ratio = sorted(a / b for a, b in speed)
+    middle = rounds // 2
+    line = f"{name:34s}{mine[middle]:9.0f}{memory[0]:6.0f} MiB{best[middle]:9.0f}"
+    line += f"{min(memory[1:], default=math.nan):6.0f} MiB"
+    line += f"{ratio[middle]:7.2f} ({ratio[0]:.2f}–{ratio[-1]:.2f})"
+    if shapes:  # three products a weight: forward, and two gradients
+        needed = 3 * sum(2 * n * i * o for n, i, o in shapes) * mine[middle] / shapes[0][0]
+        line += f"{needed / rate:6.0%}"
+    print(line, flush=True)
+
+
+def main(cfg: Config) -> None:
+    torch.set_num_threads(cfg.threads)
+    device = common.pick_device(cfg.device)
+    policy = common.load_model(Path(cfg.runs) / "sft", "lm", device)
+    c = policy.config
+    square = matmul_rate([(2048, 2048, 2048)], device) / 1e9
+    print(f"{device}, {cfg.threads} threads, torch {torch.__version__}; {square:.0f} GFLOP/s")
+    print(f"{'':34s}{'ours/s':>9s}{'peak':>10s}{'theirs/s':>9s}{'peak':>10s}{'ratio':>7s}")
+    prompts = [common.chat(prompt) for prompt in list(common.QUESTIONS)[::4][:256]]
+    for limit, stops in ((64, False), (24, True), (64, True)):
+        theirs = []
+        if hf:
+            twin, static = llama(policy), {"cache_implementation": "static"}
+            theirs = [partial(roll, twin, prompts, limit, stops, **h) for h in ({}, static)]
+        name = f"rollout 256 × {limit}, {'real stopping' if stops else 'forced'}"
+        ours = partial(roll, policy, prompts, limit, stops)
+        compare(name, ours, theirs, cfg.rounds, 1.0)
+    for kind in LOSSES:
+        model = common.scalar_copy(policy) if kind == "reward" else policy
+        batches = training_batches(policy, kind, device)
+        positions, kept = batches[0][0].numel(), int(batches[0][1].sum())
+        shapes = matmuls(c, positions, 0 if kind == "reward" else kept)
+        rate, sides = matmul_rate(shapes, device, backward=True), [model]
+        if hf:
+            sides.append(llama(model))
+            check(*sides, kind, batches)
+        runs = [partial(train, side, kind, common.adamw(side), batches) for side in sides]
+        compare(f"{kind} step, 64 rows", runs[0], runs[1:], cfg.rounds, rate, shapes)
+    print(
+        "tokens/s: sampled response tokens, or all positions of a training step; last column:"
+    )
+    print("share of the matmul rate at the step's own shapes. theirs: best of their variants.")
+
+
+if __name__ == "__main__":
+    main(common.parse(Config, __doc__))
