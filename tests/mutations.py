@@ -211,7 +211,7 @@ def run(folder: str | Path, test: str) -> tuple[bool, str]:
     command = [sys.executable, "-m", "pytest", "-rf", "-p", "no:cacheprovider", test]
     wide = os.environ | {"COLUMNS": "999"}  # pytest cuts its summary's lines to the terminal
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=wide)
-    why = re.findall(r"^(?:FAILED|ERROR) \S+ - (.*)", done.stdout, re.M) or [done.stdout[-200:]]
+    why = re.findall(r"^(?:FAILED|ERROR) .*? - (.*)", done.stdout, re.M) or [done.stdout[-200:]]
     crashed = [line for line in why if not line.startswith(ASSERTION)]
     return done.returncode == 0, (crashed or why)[0]
 

@@ -386,3 +386,25 @@ def test_shuffled_prompts_are_all_seen_before_one_comes_again():
     epochs = ["".join(next(stream) for _ in range(5)) for _ in range(9)]
     assert {"".join(sorted(epoch)) for epoch in epochs} == {"abcde"}
     assert len(set(epochs)) > 1
+
+
+def test_rows_that_leave_change_no_other_row():
+    """The loop as CUDA captures it (all rows to the end) samples what the CPU's loop does,
+    which drops rows that are over and reads shared beginnings once. Float64: equal."""
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=12, channels=16, layers=2, heads=2, kv_heads=2, hidden=24)
+    model = Transformer(config).double()
+    prompts = [[5, 6, 7, 8]] * 20 + [[5, 6, 7], [9, 4, 5, 6, 7, 8]] * 10
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    tokens = torch.tensor([prompt + [PAD] * (26 - len(prompt)) for prompt in prompts])
+    given = tokens, lengths, lengths + 20, torch.rand(tokens.shape, dtype=torch.float64)
+    with torch.no_grad():
+        left = common._decode(model, *given, 3, 0.9)
+        stayed = common._decode(model, *given, 1, 0.9, leave=False)  # start may be rounded down
+    torch.manual_seed(0)
+    for b, length in enumerate(lengths.tolist()):
+        y = stayed[0][b, length : length + 20].tolist()
+        end = length + (y.index(EOS) + 1 if EOS in y else 20)
+        assert left[0][b, :end].tolist() == stayed[0][b, :end].tolist()
+        assert torch.allclose(left[1][b, length:end], stayed[1][b, length:end], atol=1e-12)
+    assert any(EOS in row.tolist() for row in left[0])  # some rows did leave

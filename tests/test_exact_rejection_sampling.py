@@ -12,9 +12,9 @@ import rejection_sampling
 POLICY = tiny.transformer(1)
 RANDOM = torch.Generator().manual_seed(0)
 REWARDS = {
-    "no ties": torch.randn(3, 40, generator=RANDOM, dtype=torch.float64),
+    "no_ties": torch.randn(3, 40, generator=RANDOM, dtype=torch.float64),
     "ties": torch.randint(4, (3, 40), generator=RANDOM).double(),
-    "all tie": torch.zeros(3, 40, dtype=torch.float64),
+    "all_tie": torch.zeros(3, 40, dtype=torch.float64),
 }
 
 
@@ -40,7 +40,7 @@ def test_the_best_of_n_has_its_exact_law(n, longest, rewards):
         assert (found - tiny.best_of(n, p, r)).abs().max() < 1e-10
         kl = (found * (found.clamp(min=1e-300) / p).log()).sum()
         assert kl <= bound + 1e-10
-        if rewards == "all tie":
+        if rewards == "all_tie":
             assert kl.abs() < 1e-10
 
 

@@ -42,18 +42,18 @@ def means(runs: Path, name: str) -> dict[str, float]:
 
 
 def test_every_tool_buys_reward_at_its_price(recipe):
-    """Catches a default that no longer learns, and a KL that runs away."""
+    """Catches a default that no longer learns, and a KL that runs away. The README has what
+    the tools reach; these bounds leave room for one seed on another machine."""
     sft, ppo, rs, dpo = (means(recipe, n) for n in ("sft", "ppo", "rejection_sampling", "dpo"))
     assert sft["finished"] >= 0.98
     assert sft["gold"] < 1.2
     assert sft["log_ratio"] == 0
-    assert ppo["gold"] >= 2.4
-    assert ppo["right"] >= 0.85
-    assert ppo["log_ratio"] <= 3.5
-    assert rs["gold"] >= 2.0
-    assert rs["log_ratio"] <= 1.5
-    assert dpo["gold"] >= 2.3
-    assert dpo["log_ratio"] <= 3.5
+    assert ppo["gold"] >= sft["gold"] + 1.2
+    assert rs["gold"] >= sft["gold"] + 0.8
+    assert dpo["gold"] >= sft["gold"] + 1.0
+    for run in (ppo, rs, dpo):
+        assert run["right"] > sft["right"]
+        assert 0 < run["log_ratio"] <= 3.5
 
 
 def test_report_and_sample(recipe):
