@@ -627,9 +627,8 @@ def read_checkpoint(folder: Path) -> dict:
         saved = torch.load(io.BytesIO(read(path)), map_location="cpu", weights_only=True)
         return {key: saved[key] for key in ("head", "config", "made", "weights")}
     except Exception as error:
-        fail(
-            f"{path} is not a checkpoint made here ({(str(error) or repr(error)).splitlines()[0]}); name another"
-        )
+        why = (str(error) or repr(error)).splitlines()[0]
+        fail(f"{path} is not a checkpoint made here ({why}); name another")
 
 
 def load_model(folder: Path, head: str, device: torch.device) -> Transformer:
