@@ -110,21 +110,23 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(c.channels, 2 * c.hidden, bias=False)
         self.down = nn.Linear(c.hidden, c.channels, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None, start: int):
+    def forward(self, x: Tensor, cos, sin, cache: Tensor | None, start: int, keep):
         B, T, C = x.shape
         H, K = self.heads, self.kv_heads
         qkv = self.qkv(self.attention_norm(x)).view(B, T, H + 2 * K, -1).transpose(1, 2)
-        qk, v = qkv[:, : H + K], qkv[:, H + K :]  # (B, heads, T, D)
-        half = qk.shape[-1] // 2
-        qk = qk * cos + torch.cat((-qk[..., half:], qk[..., :half]), -1) * sin
-        q, k = qk[:, :H], qk[:, H:]
+        qk, v = qkv.split((H + K, K), 1)  # (B, heads, T, D)
+        left, right = qk.chunk(2, -1)
+        q, k = (qk * cos + torch.cat((-right, left), -1) * sin).split((H, K), 1)
         if cache is not None:  # (2, B, K, longest, D)
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[0, :, :, : start + T], cache[1, :, :, : start + T]
         # a single query is the newest token and sees every key; is_causal would show it one
         causal = T > 1
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=H != K)
-        x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
+        y = y.transpose(1, 2).reshape(B, T, C)
+        if keep is not None:  # from here on every position is on its own: (n, C)
+            x, y = x[keep], y[keep]
+        x = x + self.out(y)
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
@@ -162,12 +164,14 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.embed.weight.device
 
-    def trunk(self, tokens: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        """Hidden states (B, T, C) of tokens that stand at positions start, start + 1, …"""
+    def trunk(self, tokens: Tensor, cache=None, start: int = 0, keep=None) -> Tensor:
+        """Hidden states (B, T, C) of tokens that stand at positions start, start + 1, …;
+        with `keep` (B, T), bool, of these n positions only, (n, C): a third of the work."""
         x, stop = self.embed(tokens), start + tokens.shape[1]
         cos, sin = self.cos[start:stop], self.sin[start:stop]
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, None if cache is None else cache[i], start)
+            kept = keep if i + 1 == len(self.blocks) else None
+            x = block(x, cos, sin, None if cache is None else cache[i], start, kept)
         return self.norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -176,9 +180,8 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.embed.weight)
 
     def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
-        """`keep` (B, T), bool: run the head at these n positions only -> (n, V) or (n,)."""
-        hidden = self.trunk(tokens)
-        return self.head(hidden if keep is None else hidden[keep])
+        """`keep` (B, T), bool: the outputs at these n positions only -> (n, V) or (n,)."""
+        return self.head(self.trunk(tokens, keep=keep))
 
 
 def scalar_copy(model: Transformer, zero: bool = False) -> Transformer:
@@ -309,15 +312,18 @@ def _decode_on_cuda(model, tokens, lengths, ends, noise, start, temperature):
     return [x[:, :T].clone() for x in outputs]
 
 
-def _after(outputs: Tensor) -> Tensor:
+def _after(outputs: Tensor, keep: Tensor | None = None) -> Tensor:
     """The one shift: a model's output at position t − 1, which has read tokens < t, goes to
-    column t; column 0, before which nothing stands, is 0."""
+    column t; column 0, before which nothing stands, is 0. With `keep` the outputs are those
+    of its positions only, (n,), and 0 stands in the other columns."""
+    if keep is not None:
+        outputs = torch.zeros_like(keep, dtype=outputs.dtype).masked_scatter(keep, outputs)
     return F.pad(outputs, (1, 0))
 
 
 def token_logprobs(model: Transformer, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """log p(tokens[:, t] | tokens[:, :t]) in column t, (B, T), nats; column 0 is 0.
-    With `mask` (B, T) the head runs on the columns of the mask only; the others are 0."""
+    With `mask` (B, T) they are worked out in its columns only; the others are 0."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     if mask is None:
         logits = model(inputs).flatten(0, 1)
@@ -325,19 +331,21 @@ def token_logprobs(model: Transformer, tokens: Tensor, mask: Tensor | None = Non
         return _after(logp.view_as(targets))
     keep = mask[:, 1:]
     logp = -F.cross_entropy(model(inputs, keep), targets[keep], reduction="none")
-    return _after(torch.zeros_like(keep, dtype=logp.dtype).masked_scatter(keep, logp))
+    return _after(logp, keep)
 
 
-def token_values(critic: Transformer, tokens: Tensor) -> Tensor:
-    """The critic's value of what stands before token t, in column t, (B, T)."""
-    return _after(critic(tokens[:, :-1]))
+def token_values(critic: Transformer, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The critic's value of what stands before token t, in column t, (B, T); with `mask`
+    (B, T) in its columns only."""
+    keep = None if mask is None else mask[:, 1:]
+    return _after(critic(tokens[:, :-1], keep), keep)
 
 
 def score(reward_model: Transformer, tokens: Tensor, response_mask: Tensor) -> Tensor:
     """r(x, y), (B,): the reward model's number at the last response token."""
     column = torch.arange(tokens.shape[1], device=tokens.device)
     last = (response_mask * column).argmax(1, keepdim=True)
-    return reward_model(tokens).gather(1, last).squeeze(1)
+    return reward_model(tokens, column == last)
 
 
 # ------------------------------------------------------------------------------- the world

@@ -183,7 +183,7 @@ def collect(cfg: Config, prompts: list[str], policy, reference, critic, reward) 
     logprobs = common.token_logprobs(policy, tokens, mask)
     ref_logprobs = common.token_logprobs(reference, tokens, mask)
     scores = reward(asked, rollout)  # [1] a model of what people prefer
-    values = common.token_values(critic, tokens) if critic else None
+    values = common.token_values(critic, tokens, mask) if critic else None
     # 3. [3] one number for the whole response
     returns, kl = response_return(scores, logprobs, ref_logprobs, mask, cfg.beta)
 
@@ -251,7 +251,7 @@ def update(
             row = {"policy_loss": common.descend(loss, policy, optimizers[0], lr, at)}
             row["value_loss"] = math.nan
             if critic:
-                values = common.token_values(critic, tokens)
+                values = common.token_values(critic, tokens, mask)
                 loss = value_loss(values, targets[rows], value_mask[rows])
                 row["value_loss"] = common.descend(loss, critic, optimizers[1], lr, at)
             ratio = log_ratio.exp()

@@ -39,9 +39,9 @@ from common import Transformer, arg
 @dataclass
 class Config:
     pairs: int = arg(20_000, "train on at most so many comparisons", low=1)
-    epochs: int = arg(2, "passes over the comparisons", low=1)
+    epochs: int = arg(3, "passes over the comparisons", low=1)
     batch: int = arg(32, "pairs per step", low=1)
-    lr: float = arg(1e-3, "learning rate, falling to 0")
+    lr: float = arg(5e-4, "learning rate, falling to 0")
     margin: float = arg(0.0, "m, by how much the chosen score must be ahead")
     data: str = arg(None, "your own JSONL: {prompt, chosen, rejected}")
     comparisons: str = arg("comparisons", "judged pairs under --runs, or several: a,b")

@@ -113,9 +113,10 @@ def test_appended_pads_change_no_logprob_value_or_score(tiny):
     rows = [([1, 7, 2], [9, 9, EOS]), ([1, 2], [PAD, 8, 7, 6, EOS]), ([1, 4, 5, 6, 2], [8])]
     tokens, mask = common.collate(rows)
     longer, longer_mask = F.pad(tokens, (0, 6), value=PAD), F.pad(mask, (0, 6))
-    for of in (common.token_logprobs, lambda m, x, k: common.token_values(scalar, x)):
-        expected, found = of(model, tokens, mask) * mask, of(model, longer, longer_mask)
-        torch.testing.assert_close((found * longer_mask)[:, :7], expected, atol=1e-5, rtol=0)
+    for of, by in ((common.token_logprobs, model), (common.token_values, scalar)):
+        expected, found = of(by, tokens) * mask, of(by, longer, longer_mask)
+        torch.testing.assert_close(found[:, :7], expected, atol=1e-5, rtol=0)
+        assert (found[:, 7:] == 0).all()
     expected = common.score(scalar, tokens, mask)
     found = common.score(scalar, longer, longer_mask)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -147,7 +148,7 @@ def test_score_is_read_at_the_last_response_token():
     rows = [([1, 5, 2], [7, EOS]), ([1, 2], [7, 7, 7, 7, 7, EOS]), ([1, 2], [8]), ([1], [EOS])]
     tokens, mask = common.collate(rows)
     position = torch.arange(tokens.shape[1]).expand_as(tokens)
-    assert common.score(lambda _: position, tokens, mask).tolist() == [4, 7, 2, 1]
+    assert common.score(lambda _, keep: position[keep], tokens, mask).tolist() == [4, 7, 2, 1]
 
 
 def test_scalar_copy_shares_no_storage(tiny):

@@ -229,7 +229,7 @@ def test_gae_with_the_true_values_ascends_J_at_any_lambda(lam):
 @pytest.mark.parametrize("estimator", ["value", "gae"])
 def test_a_critic_that_sees_the_action_would_be_noticed(estimator, monkeypatch):
     """The claims above hold for any V of what stands before the token, and for that alone."""
-    monkeypatch.setattr(common, "token_values", lambda critic, tokens: critic(tokens))
+    monkeypatch.setattr(common, "token_values", lambda critic, tokens, mask: critic(tokens))
     found = ascended(config(estimator, samples=1, lam=1.0), R)
     assert tiny.apart(found, exact(R)) > 0.1
 

@@ -28,7 +28,7 @@ def test_reward_is_recovered_up_to_a_constant_per_prompt():
 
     def scores():  # each completion stands twice, as its own pair
         chosen, rejected = reward_model.pair_scores(model, tokens, mask)
-        assert torch.equal(chosen, rejected)
+        assert (chosen - rejected).abs().max() < 1e-12
         return chosen.view(3, N)
 
     def closure():

@@ -81,12 +81,12 @@ class Gold:
     def __init__(self, sign):
         self.sign = sign
 
-    def __call__(self, tokens):
+    def __call__(self, tokens, keep):
         chats = [row[: row.index(common.EOS)] for row in tokens.tolist()]
         at = [ids.index(common.ASSISTANT) for ids in chats]
         texts = [(common.decode(ids[:i]), common.decode(ids[i:])) for ids, i in zip(chats, at)]
         gold = torch.tensor([self.sign * common.gold_reward(*text, True) for text in texts])
-        return gold[:, None].expand(tokens.shape)
+        return gold[:, None].expand(tokens.shape)[keep]
 
 
 @pytest.mark.parametrize("sign", [1, -1])
