@@ -252,13 +252,13 @@ def _decode(
     tokens, logprobs = tokens.clone(), torch.zeros_like(noise)
     cache = noise.new_empty(c.layers, 2, B, c.kv_heads, T, c.channels // c.heads)
     rows, read = torch.arange(B, device=tokens.device), 0  # rows still in the batch
+    over = torch.zeros_like(rows, dtype=torch.bool)
     if leave and start > 1:  # the N samples of a prompt share its beginning: read it once
-        begun, which = tokens[:, : start - 1].unique(dim=0, return_inverse=True)
-        shared, read = (
-            cache.new_empty(*cache[:, :, : len(begun), :, : start - 1].shape),
-            start - 1,
-        )
-        model.trunk(begun, shared)
+        read = start - 1
+        begun, which = tokens[:, :read].cpu().unique(dim=0, return_inverse=True)
+        begun, which = begun.to(tokens.device), which.to(tokens.device)
+        shared = torch.empty_like(cache[:, :, : len(begun), :, :read])
+        model.trunk(begun, shared, keep=torch.zeros_like(begun, dtype=torch.bool))
         cache[..., :read, :] = shared[:, :, which]
     new = tokens[:, read:start]
     for t in range(start, T):
@@ -271,12 +271,12 @@ def _decode(
         token = torch.where(t < lengths[rows], tokens[rows, t], token.squeeze(-1))
         tokens[rows, t], new = token, token[:, None]
         if leave:
-            over = (t >= lengths[rows]) & ((token == EOS) | (t + 1 >= ends[rows]))
+            over |= (t >= lengths[rows]) & ((token == EOS) | (t + 1 >= ends[rows]))
             keep = (~over).nonzero().squeeze(-1)
             if len(keep) == 0:
                 break
             if len(keep) < 0.8 * len(rows):  # not at every step: moving the cache costs too
-                rows, cache, new = rows[keep], cache[:, :, keep], new[keep]
+                rows, cache, new, over = rows[keep], cache[:, :, keep], new[keep], over[keep]
     return tokens, logprobs
 
 
@@ -702,7 +702,8 @@ def comparisons(cfg, policy: str, device) -> list[dict]:
             seed_all(cfg.seed)
             model = load_model(Path(cfg.runs) / policy, "lm", device)
             collect_comparisons(model, PAIRS, path)
-        rows += read_jsonl(path, ("prompt", "chosen", "rejected"))
+        found = read_jsonl(path, ("prompt", "chosen", "rejected"))
+        rows += [row | {"source": name} for row in found]
     return rows
 
 

@@ -36,7 +36,7 @@ from common import arg
 @dataclass
 class Config:
     prompts: int = arg(2048, "M, prompts per round", low=1)
-    samples: int = arg(8, "N, completions per prompt", low=1)
+    samples: int = arg(16, "N, completions per prompt", low=1)
     select: str = arg("per_prompt", "S(R)", choices=("per_prompt", "top_k", "random"))
     top_k: int = arg(1024, "K, answers kept by --select top_k", low=1)
     rounds: int = arg(1, "sample, select, imitate; so many times", low=1)
