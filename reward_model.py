@@ -17,7 +17,8 @@ and saved with the weights: r = 0 is "as good as a human answer".
 
     python reward_model.py                              makes runs/sft and comparisons first
     python reward_model.py --pairs 2000 --out rm_weak   a weak one, for over-optimisation
-    python reward_model.py --policy ppo --comparisons comparisons_2 --out reward_model_2
+    python reward_model.py --policy ppo --comparisons comparisons,comparisons_2 --out rm_2
+                                                        a second round, on old and new pairs
 
 Look at: held-out accuracy beside its ceiling. Annotators are noisy, so that even the gold
 reward would agree with only `ceiling` of their choices. Both are free of label noise:
@@ -27,6 +28,7 @@ pair; ln 2 is chance), `accuracy` (share of the batch's pairs with r_c > r_r), `
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -115,31 +117,37 @@ def center(cfg: Config, model: Transformer, rows: list[dict]) -> None:
 
 @torch.no_grad()
 def accuracy(model: Transformer, rows: list[dict]) -> str:
-    """Held-out accuracy; in the world, beside what annotator noise allows at most."""
+    """How r orders held-out pairs; in the world, beside what annotator noise allows at most."""
     tokens, mask = encode_pairs(rows, model.device)
     parts = [pair_scores(model, t, m) for t, m in zip(tokens.split(256), mask.split(256))]
     gap = torch.cat([chosen - rejected for chosen, rejected in parts]).cpu().double()
-    line = f"{len(rows)} held-out pairs: chosen preferred in {(gap > 0).double().mean():.3f}"
-    gold = [
-        [
-            common.gold_reward(row["prompt"], row[k], row.get(f"{k}_finished", True))
-            for row in rows
-        ]
+    line = f"chosen preferred in {(gap > 0).double().mean():.3f}"
+    chosen, rejected = (
+        [common.gold_reward(x["prompt"], x[k], x.get(f"{k}_finished", True)) for x in rows]
         for k in ("chosen", "rejected")
-    ]
-    gold_gap = torch.tensor(gold[0]).double() - torch.tensor(gold[1]).double()
+    )
+    gold_gap = torch.tensor(chosen).double() - torch.tensor(rejected).double()
     if gold_gap.isnan().any():
         return line
     apart = gold_gap != 0
     return line + (
-        f"\naccuracy {torch.sigmoid(gold_gap * gap.sign()).mean():.3f}, "
-        f"ceiling {torch.sigmoid(gold_gap.abs()).mean():.3f} (free of label noise); "
+        f"; free of label noise: accuracy {torch.sigmoid(gold_gap * gap.sign()).mean():.3f}, "
+        f"ceiling {torch.sigmoid(gold_gap.abs()).mean():.3f}; "
         f"gold order {(gap.sign() == gold_gap.sign())[apart].double().mean():.3f}"
     )
 
 
-def show(model: Transformer, rows: list[dict]) -> None:
-    """Print three held-out comparisons with the score of each answer."""
+def show(cfg: Config, model: Transformer, rows: list[dict]) -> None:
+    """Print the accuracy on held-out pairs, file by file, beside that of runs/reward_model;
+    and three of the pairs with the score of each answer."""
+    for source in dict.fromkeys(row.get("source", cfg.data) for row in rows):
+        pairs = [row for row in rows if row.get("source", cfg.data) == source]
+        print(f"\n{len(pairs)} held-out pairs of {source}")
+        for name in dict.fromkeys((Config.out, cfg.out)):
+            folder = Path(cfg.runs) / name
+            if (folder / "model.pt").exists():
+                judge = common.load_model(folder, "scalar", model.device)
+                print(f"{name:>20s}: {accuracy(judge, pairs)}")
     chosen, rejected = pair_scores(model, *encode_pairs(rows[:3], model.device))
     for row, r_c, r_r in zip(rows, chosen.tolist(), rejected.tolist()):
         print(
@@ -161,8 +169,7 @@ def main(cfg: Config) -> None:
     print(f"{cfg.runs}/{cfg.out}: Bradley-Terry on {len(train_rows)} comparisons")
     train(cfg, model, train_rows)
 
-    print("\n" + accuracy(model, held_rows))
-    show(model, held_rows)
+    show(cfg, model, held_rows)
     reward = common.Reward(cfg.out, cfg.runs, device)
     prompts = [row["prompt"] for row in held_rows] if own else common.read_prompts(None, 0)[1]
     common.report(cfg, cfg.init, reward, prompts, device)

@@ -1,6 +1,6 @@
 """Plant known bugs, one at a time, and see which exact test catches each.
 
-    python tests/mutations.py            about a minute a bug on two cores; not part of CI
+    python tests/mutations.py            about three minutes on two cores; not part of CI
 
 Each bug is an edit of one line in a copy of the project. The test named beside it is run
 alone in that copy and must fail with an assertion: an import error or a crash in the code
@@ -59,8 +59,9 @@ BUGS = [
         "clip split by the sign of A",
         "ppo.py",
         "torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)",
-        "torch.where(advantages >= 0, torch.min(ratio, ratio.clamp(1 - clip, 1 + clip)), "
-        "torch.max(ratio, ratio.clamp(1 - clip, 1 + clip)) * 0 + ratio) * advantages",
+        "torch.where(advantages >= 0, "
+        "torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages), "
+        "torch.max(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages))",
         "tests/test_exact_ppo.py::test_later_updates_descend_the_clipped_surrogate",
     ),
     (
@@ -94,7 +95,7 @@ BUGS = [
     (
         "values unshifted: the critic sees the action",
         "common.py",
-        "return _after(critic(tokens[:, :-1]))",
+        "return _after(critic(tokens[:, :-1], keep), keep)",
         "return critic(tokens)",
         "tests/test_exact_ppo.py::test_one_sample_estimators_ascend_J",
     ),
@@ -157,7 +158,7 @@ BUGS = [
     (
         "score read at the last column, padding or not",
         "common.py",
-        "return reward_model(tokens).gather(1, last).squeeze(1)",
+        "return reward_model(tokens, column == last)",
         "return reward_model(tokens)[:, -1]",
         "tests/test_exact_common.py::test_score_is_read_at_the_last_response_token",
     ),
