@@ -1,4 +1,4 @@
-"""Plumbing shared by the five scripts: nothing here carries a symbol the book derives.
+"""Plumbing shared by the five scripts: no loss, advantage or selection rule stands here.
 
     tokens · Transformer · generate · log-probs, values, scores      what the algorithms need
     the world                                  prompts, demonstrations, annotators, gold reward
@@ -12,6 +12,7 @@ Every (B, T) tensor is aligned with `tokens`: column t is about token t.
 """
 
 import argparse
+import contextlib
 import csv
 import importlib.util
 import io
@@ -26,7 +27,7 @@ import time
 import weakref
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -120,7 +121,8 @@ class Block(nn.Module):
         if cache is not None:  # (2, B, K, longest, D)
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[0, :, :, : start + T], cache[1, :, :, : start + T]
-        # a single query is the newest token and sees every key; is_causal would show it one
+        # a single query is the newest token and sees every key; is_causal would show it one.
+        # Several queries begin at position 0, where is_causal is right
         causal = T > 1
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=H != K)
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -166,7 +168,8 @@ class Transformer(nn.Module):
 
     def trunk(self, tokens: Tensor, cache=None, start: int = 0, keep=None) -> Tensor:
         """Hidden states (B, T, C) of tokens that stand at positions start, start + 1, …;
-        with `keep` (B, T), bool, of these n positions only, (n, C): a third of the work."""
+        with `keep` (B, T), bool, of these n positions only, (n, C): what comes after the last
+        attention is worked out for them alone."""
         x, stop = self.embed(tokens), start + tokens.shape[1]
         cos, sin = self.cos[start:stop], self.sin[start:stop]
         for i, block in enumerate(self.blocks):
@@ -184,12 +187,10 @@ class Transformer(nn.Module):
         return self.head(self.trunk(tokens, keep=keep))
 
 
-def scalar_copy(model: Transformer, zero: bool = False) -> Transformer:
+def scalar_copy(model: Transformer) -> Transformer:
     """A new scalar-head Transformer whose trunk starts as a copy of the model's."""
     copy = Transformer(model.config, head="scalar").to(model.device)
     copy.load_state_dict(model.state_dict(), strict=False)
-    if zero:
-        nn.init.zeros_(copy.scalar.weight)
     return copy
 
 
@@ -312,32 +313,27 @@ def _decode_on_cuda(model, tokens, lengths, ends, noise, start, temperature):
     return [x[:, :T].clone() for x in outputs]
 
 
-def _after(outputs: Tensor, keep: Tensor | None = None) -> Tensor:
+def _after(outputs: Tensor, keep: Tensor) -> Tensor:
     """The one shift: a model's output at position t − 1, which has read tokens < t, goes to
-    column t; column 0, before which nothing stands, is 0. With `keep` the outputs are those
-    of its positions only, (n,), and 0 stands in the other columns."""
-    if keep is not None:
-        outputs = torch.zeros_like(keep, dtype=outputs.dtype).masked_scatter(keep, outputs)
+    column t. `outputs` (n,) are those at the positions that `keep` (B, T − 1) marks; 0 stands
+    in the other columns, and in column 0, before which nothing is."""
+    outputs = torch.zeros_like(keep, dtype=outputs.dtype).masked_scatter(keep, outputs)
     return F.pad(outputs, (1, 0))
 
 
 def token_logprobs(model: Transformer, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """log p(tokens[:, t] | tokens[:, :t]) in column t, (B, T), nats; column 0 is 0.
     With `mask` (B, T) they are worked out in its columns only; the others are 0."""
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    if mask is None:
-        logits = model(inputs).flatten(0, 1)
-        logp = -F.cross_entropy(logits, targets.flatten(), reduction="none")
-        return _after(logp.view_as(targets))
-    keep = mask[:, 1:]
-    logp = -F.cross_entropy(model(inputs, keep), targets[keep], reduction="none")
+    keep = (torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask)[:, 1:]
+    targets = tokens[:, 1:][keep]
+    logp = -F.cross_entropy(model(tokens[:, :-1], keep), targets, reduction="none")
     return _after(logp, keep)
 
 
 def token_values(critic: Transformer, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """The critic's value of what stands before token t, in column t, (B, T); with `mask`
     (B, T) in its columns only."""
-    keep = None if mask is None else mask[:, 1:]
+    keep = (torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask)[:, 1:]
     return _after(critic(tokens[:, :-1], keep), keep)
 
 
@@ -482,9 +478,12 @@ def collect_comparisons(policy: Transformer, n: int, path: Path) -> None:
     P(a is chosen over b) = σ(gold(a) − gold(b)). One pair in twenty answers a held-out
     prompt. Identical and empty answers are not judged: another pair is drawn."""
     train, held = split(list(QUESTIONS))
-    lines, chunk = [], 256
+    lines, chunk, asked_for = [], 256, 0
     with tqdm(total=n, desc=f"{path.parent.name}: pairs", disable=not PROGRESS) as bar:
         while len(lines) < n:
+            asked_for += chunk
+            if asked_for > 20 * n + 10 * chunk:
+                fail(f"{path}: {len(lines)} of {asked_for} pairs differ; give another policy")
             asked = [
                 random.choice(held if random.random() < 0.05 else train) for _ in range(chunk)
             ]
@@ -523,7 +522,8 @@ def write(path: Path, data: bytes | str) -> None:
         part.write_bytes(data if isinstance(data, bytes) else data.encode())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         fail(f"{path}: cannot be written ({error.strerror}); what was there before is intact")
 
 
@@ -535,18 +535,21 @@ def read(path: str | Path) -> bytes:
 
 
 def held_out(prompt: str) -> bool:
-    """One prompt in six never trains anything. In the world that holds out wordings: every
-    fact is also asked about in training."""
+    """One prompt in six trains no policy and no reward model. In the world that holds out
+    wordings: every fact is also asked about in training."""
     return zlib.crc32(prompt.encode()) % 6 == 0
 
 
 def split(rows: list) -> tuple[list, list]:
-    """Prompts, or rows with a prompt -> (training part, held-out part). Where all prompts
-    are of one part, as what rejection sampling selects is, every sixth row is held out."""
-    held = [held_out(row if isinstance(row, str) else row["prompt"]) for row in rows]
-    if len(set(held)) == 1:
-        held = [i % 6 == 0 for i in range(len(rows))]
-    return [r for r, h in zip(rows, held) if not h], [r for r, h in zip(rows, held) if h]
+    """Prompts, or rows with a prompt -> (training part, held-out part). Where all prompts are
+    of one part, as what rejection sampling selects is, every sixth of them is held out."""
+    asked = [row if isinstance(row, str) else row["prompt"] for row in rows]
+    prompts = list(dict.fromkeys(asked))
+    held = {prompt for prompt in prompts if held_out(prompt)}
+    if len(held) in (0, len(prompts)):
+        held = set(prompts[::6])
+    pairs = list(zip(rows, asked))
+    return [r for r, x in pairs if x not in held], [r for r, x in pairs if x in held]
 
 
 def read_jsonl(path: str | Path, keys: tuple[str, ...], room: int = 1) -> list[dict]:
@@ -605,16 +608,6 @@ def read_prompts(data: str | None, room: int) -> tuple[list[str], list[str]]:
     return split(list(dict.fromkeys(row["prompt"] for row in rows)) or list(QUESTIONS))
 
 
-def read_text(path: str) -> str:
-    try:
-        text = read(path).decode()
-    except UnicodeDecodeError as error:
-        fail(f"{path}:0: byte {error.start} is not UTF-8; save the file as UTF-8")
-    if len(text) < 1000:
-        fail(f"{path}:0: {len(text)} characters are too few; give at least 1000")
-    return text
-
-
 def shuffled(prompts: list[str]) -> Iterator[str]:
     """Prompts without end, in an order shuffled anew when all were seen."""
     while True:
@@ -656,58 +649,67 @@ def is_done(folder: Path) -> bool:
     return (folder / "model.pt").exists() and read_checkpoint(folder)["made"]["done"]
 
 
-MAKERS = {"base": "sft.py", "sft": "sft.py"}
-MAKERS |= {name: "reward_model.py" for name in ("reward_model", "comparisons")}
+SCRIPTS = ("sft", "reward_model", "rejection_sampling", "ppo", "dpo")
+MAKERS = {name: f"{name}.py" for name in SCRIPTS} | {"base": "sft.py"}
+PAIRS = 20_000  # comparisons that a missing file is filled with
 
 
 def ensure(cfg, *flags: str) -> list[Path]:
-    """The folders of the inputs that these flags name. A named input that is missing is an
-    error; then each default model that is missing is made, by the script that makes it."""
-    defaults = {flag: type(cfg).__dataclass_fields__[flag].default for flag in flags}
+    """The folders of the models that these flags name. A named one that is missing is an
+    error; then each default one that is missing is made, by the script that makes it."""
     for flag in flags:
-        for name in getattr(cfg, flag).split(","):
-            file = "comparisons.jsonl" if flag == "comparisons" else "model.pt"
-            if name == defaults[flag] or (Path(cfg.runs) / name / file).exists():
-                continue
-            maker = f"{name}.py" if (HERE / f"{name}.py").exists() else MAKERS[defaults[flag]]
-            how = "--policy NAME --comparisons" if flag == "comparisons" else "--out"
+        name, default = getattr(cfg, flag), type(cfg).__dataclass_fields__[flag].default
+        if name != default and not (Path(cfg.runs) / name / "model.pt").exists():
+            maker = MAKERS.get(name) or MAKERS.get(default, "ppo.py")
             fail(
-                f"--{flag.replace('_', '-')}: {cfg.runs}/{name}/{file} is not there; "
-                f"make it with: python {maker} --runs {cfg.runs} {how} {name}"
+                f"--{flag.replace('_', '-')}: {cfg.runs}/{name}/model.pt is not there; "
+                f"make it with: python {maker} --runs {cfg.runs} --out {name}"
             )
-    for flag in flags:
-        name, folder = getattr(cfg, flag), Path(cfg.runs) / getattr(cfg, flag)
-        if name != defaults[flag] or flag == "comparisons" or is_done(folder):
+    folders = [Path(cfg.runs) / getattr(cfg, flag) for flag in flags]
+    for flag, folder in zip(flags, folders):
+        default = type(cfg).__dataclass_fields__[flag].default
+        if folder.name != default or is_done(folder):
             continue
-        print(f"{folder} is needed and not there: {MAKERS[name]} makes it first", flush=True)
-        command = [sys.executable, HERE / MAKERS[name], "--runs", cfg.runs]
-        command += ["--seed", str(cfg.seed), "--device", cfg.device]
+        print(f"{folder} is not there, or unfinished: {MAKERS[default]} makes it", flush=True)
+        command = [sys.executable, HERE / MAKERS[default], "--runs", cfg.runs]
+        process = subprocess.Popen([*command, "--seed", str(cfg.seed), "--device", cfg.device])
         try:
-            code = subprocess.run(command).returncode
-        except KeyboardInterrupt:
-            code = 130
+            code = process.wait()
+        except KeyboardInterrupt:  # it has gone to that process too, which saves
+            code = process.wait() or 130
         if code:
             raise SystemExit(code)
-    return [Path(cfg.runs) / getattr(cfg, flag) for flag in flags]
+    return folders
 
 
-def comparisons(cfg, policy: str, device) -> list[dict]:
+def comparisons(cfg, device: torch.device) -> list[dict]:
     """The judged pairs in runs/NAME/comparisons.jsonl, for each NAME of cfg.comparisons,
-    "a,b"; what is missing is collected from the policy."""
-    rows = []
-    for name in cfg.comparisons.split(","):
-        path = Path(cfg.runs) / name / "comparisons.jsonl"
-        if not path.exists():
-            print(f"{path}: {PAIRS} pairs of answers from {policy}, judged", flush=True)
+    "a,b". What is missing is collected: for the default name from ref or init, for another
+    from cfg.policy, without which that is an error."""
+    default, rows = type(cfg).__dataclass_fields__["comparisons"].default, []
+    paths = {n: Path(cfg.runs) / n / "comparisons.jsonl" for n in cfg.comparisons.split(",")}
+    missing = [name for name, path in paths.items() if not path.exists()]
+    flags = [flag for flag in ("init", "ref", "policy") if getattr(cfg, flag, None)]
+    if "policy" in flags and not set(missing) - {default}:
+        fail(f"--policy {cfg.policy}: there are no new --comparisons to collect from it")
+    if "policy" not in flags and set(missing) - {default}:
+        fail(
+            f"--comparisons: {paths[missing[-1]]} is not there; make it with: python "
+            f"reward_model.py --runs {cfg.runs} --policy NAME --comparisons {missing[-1]}"
+        )
+    folders = dict(zip(flags, ensure(cfg, *flags)))
+    for name, path in paths.items():
+        if name in missing:
+            source = folders.get("ref", folders["init"])
+            if name != default:
+                source = folders["policy"]
+            print(f"{path}: {PAIRS} pairs of answers from {source}, judged", flush=True)
+            model = load_model(source, "lm", device)
             seed_all(cfg.seed)
-            model = load_model(Path(cfg.runs) / policy, "lm", device)
             collect_comparisons(model, PAIRS, path)
         found = read_jsonl(path, ("prompt", "chosen", "rejected"))
         rows += [row | {"source": name} for row in found]
     return rows
-
-
-PAIRS = 20_000  # comparisons that a missing file is filled with
 
 
 def answer_ids(row: dict, key: str = "completion") -> tuple[list[int], list[int]]:
@@ -787,18 +789,18 @@ class Run:
         if kind in (None, KeyboardInterrupt):
             self.save(done=kind is None)
         if kind is KeyboardInterrupt:
-            command = f"python {Path(sys.argv[0]).name} --init {self.folder.name}"
-            fail(
-                f"\nstopped and saved after {len(self.rows)} steps; go on with: {command}", 130
-            )
+            command = f"python {Path(sys.argv[0]).name} --runs {self.cfg.runs}"
+            if self.model.kind == "lm" and self.folder.name != "base":
+                command += f" --init {self.folder.name} --out {self.folder.name}"
+            done = f"stopped and saved after {len(self.rows)} steps"
+            fail(f"\n{done}; go on with: {command}", 130)
 
     def __iter__(self) -> Iterator[int]:
-        with tqdm(total=self.steps, desc=self.folder.name, disable=not PROGRESS) as self.bar:
-            for step in range(self.steps):
-                yield step
-                self.bar.update()
-                if step % 50 == 49 and step + 1 < self.steps:
-                    self.save(done=False)
+        self.bar = tqdm(range(self.steps), desc=self.folder.name, disable=not PROGRESS)
+        for step in self.bar:
+            yield step
+            if step % 50 == 49 and step + 1 < self.steps:
+                self.save(done=False)
 
     def log(self, **row: float) -> None:
         """One row of metrics.csv; NaN, like gold outside the world, is an empty cell."""
@@ -835,6 +837,8 @@ class Reward:
 
     def __init__(self, source: str, runs: str, device: torch.device):
         self.source, self.model, (file, _, name) = source, None, source.rpartition(":")
+        if source.endswith(".py"):
+            fail(f"--reward {source}: name the function too, FILE.py:function")
         if not file.endswith(".py"):
             self.model = load_model(Path(runs) / source, "scalar", device).requires_grad_(False)
             self.key = crc(Path(runs) / source / "model.pt")
@@ -868,10 +872,12 @@ class Reward:
         return torch.tensor(values, device=rollout.tokens.device)
 
 
-def find_reward(cfg, device: torch.device, name: str = "reward_model") -> Reward | None:
-    """The reward of the closing table in scripts that do not train on one."""
-    there = (Path(cfg.runs) / name / "model.pt").exists()
-    return Reward(name, cfg.runs, device) if there else None
+def find_reward(cfg, device: torch.device) -> Reward | None:
+    """The reward of the closing table where it was not trained on: runs/reward_model, if it
+    is there, or the one that --reward-model names."""
+    name = getattr(cfg, "reward_model", None)
+    there = name or (Path(cfg.runs) / "reward_model" / "model.pt").exists()
+    return Reward(name or "reward_model", cfg.runs, device) if there else None
 
 
 def completions(rollout: Rollout) -> list[str]:
@@ -923,11 +929,13 @@ def report(cfg, ref: str, reward, prompts: list[str], device) -> dict[str, list[
     """Print a row for every policy under cfg.runs, all on the same held-out prompts: reward,
     gold and KL to ref (nats per response; mean ± standard error), win rate against ref by
     gold, right facts, length (tokens), finished, seconds. Returns the answers."""
-    runs, prompts, found = Path(cfg.runs), list(dict.fromkeys(prompts))[:400], {}
-    for folder in sorted(runs.iterdir(), key=lambda folder: (folder.name != ref, folder.name)):
-        there = folder.name != "base" and (folder / "model.pt").exists()
-        if there and read_checkpoint(folder)["head"] == "lm":
-            found[folder.name] = evaluate(cfg, folder.name, ref, reward, prompts, device)
+    runs, room = Path(cfg.runs), ModelConfig.context - cfg.max_new_tokens
+    prompts = [x for x in dict.fromkeys(prompts) if len(chat(x)) <= room][:400]
+    others = sorted({path.parent.name for path in runs.glob("*/model.pt")} - {ref, "base"})
+    found = {}
+    for name in (ref, *others):
+        if read_checkpoint(runs / name)["head"] == "lm":
+            found[name] = evaluate(cfg, name, ref, reward, prompts, device)
     source = reward.source if reward else "none yet"
     print(f"\n{len(prompts)} held-out prompts × 4 answers; reward: {source}; KL to: {ref}")
     heads = ("reward", "gold", "KL", "win rate", "right", "length", "finished", "seconds")
@@ -938,7 +946,7 @@ def report(cfg, ref: str, reward, prompts: list[str], device) -> dict[str, list[
         of = {k: torch.tensor([float(a[k]) for a in answers]).view(-1, 4) for k in numbers}
         ref_gold = torch.tensor([a["gold"] for a in found[ref]]).view(-1, 4)
         gap = of["gold"][:, :, None] - ref_gold[:, None, :]
-        of["win rate"] = (gap.sign() + 1) / 2  # a tie counts ½
+        of["win rate"] = torch.where(gap.isnan(), gap, (gap.sign() + 1) / 2)  # a tie counts ½
         cells = [_with_error(of[k]) for k in numbers[:3]]
         cells += [f"{of[k].mean():.3g}" for k in ("win rate", *numbers[3:])]
         cells.append(f"{json.loads(read(runs / name / 'config.json'))['seconds']:.0f}")
@@ -1011,6 +1019,7 @@ def draw_frontier(cfg, found: dict[str, list[dict]], device) -> None:
                 x, y = (torch.tensor([float(row[k]) for row in path]) for k in ("kl", key))
                 x, y = ([part.mean() for part in z.split(size)] for z in (x, y))
                 axis.plot(x, y, "-", color=dot.get_color(), alpha=0.4)
+    torch.manual_seed(0)
     prompts = [answer["prompt"] for answer in found[cfg.ref][::4]][::6]
     asked = [prompt for prompt in prompts for _ in range(64)]
     policy = load_model(Path(cfg.runs) / cfg.ref, "lm", device)
@@ -1049,51 +1058,77 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(config: type, doc: str):
-    """The command line as a Config: one --flag per field."""
+    """The command line as a Config: one --flag per field; what has no default has no flag."""
     style = argparse.RawDescriptionHelpFormatter
     parser = _Parser(description=doc, formatter_class=style, allow_abbrev=False)
     for f in fields(config):
+        name, kind, choices = f.name.replace("_", "-"), type(f.default), f.metadata["choices"]
+        text, metavar = (
+            f.metadata["help"].replace("%", "%%"),
+            None if choices else f.name.upper(),
+        )
+        if f.default is MISSING:
+            parser.add_argument(f.name, help=text, metavar=metavar)
+            continue
         parser.add_argument(
-            "--" + f.name.replace("_", "-"),
-            type=str if f.default is None else type(f.default),
+            f"--{name}" if len(name) > 1 else f"-{name}",
+            type=str if f.default is None else kind,
             default=f.default,
-            help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"),
-            choices=f.metadata["choices"] or None,
-            metavar=None if f.metadata["choices"] else f.name.upper(),
+            help=text + " (default: %(default)s)",
+            choices=choices or None,
+            metavar=metavar,
         )
     cfg = config(**vars(parser.parse_args()))
     for f in fields(config):
         value, low = getattr(cfg, f.name), f.metadata["low"]
         if isinstance(value, (int, float)) and not low <= value < math.inf:
             parser.error(f"--{f.name.replace('_', '-')} {value}: a number ≥ {low} is needed")
+    if cfg.max_new_tokens > ModelConfig.context // 2:
+        parser.error(f"--max-new-tokens: at most {ModelConfig.context // 2}, half the context")
+    if hasattr(cfg, "out"):  # what other runs start from is not to be lost by a slip
+        inputs = {"base", "sft", "comparisons", "reward_model"} - {config.out}
+        inputs |= {getattr(cfg, flag, None) for flag in ("ref", "policy", "reward_model")}
+        if cfg.out in inputs:
+            parser.error(f"--out {cfg.out}: other runs start from it; choose another name")
     return cfg
 
 
+@dataclass
+class Report:
+    ref: str = arg("sft", "π_ref of the KL and the win rate, under --runs")
+    data: str = arg(None, "held-out prompts from your own JSONL of {prompt}")
+    reward_model: str = arg(None, "r, under --runs; or reward_model, if it is there")
+    max_new_tokens: int = arg(24, "longest answer, in tokens", low=1)
+    runs: str = arg("runs", "the folder of all runs")
+    device: str = arg("auto", "auto, cpu, cuda or mps")
+
+
+@dataclass
+class Sample:
+    run: str = arg(MISSING, "a policy under --runs")
+    question: str = arg(MISSING, "what it is asked")
+    n: int = arg(4, "answers", low=1)
+    reward_model: str = arg(None, "r, under --runs; or reward_model, if it is there")
+    max_new_tokens: int = arg(24, "longest answer, in tokens", low=1)
+    runs: str = arg("runs", "the folder of all runs")
+    device: str = arg("auto", "auto, cpu, cuda or mps")
+
+
 def main() -> None:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    table = commands.add_parser("report", help="the table over all runs, and runs/frontier.png")
-    table.add_argument("--ref", default="sft", help="π_ref of the KL and the win rate")
-    table.add_argument("--data", help="held-out prompts from your own JSONL of {prompt}")
-    ask = commands.add_parser("sample", help="ask a trained model something")
-    ask.add_argument("run", help="a policy under --runs")
-    ask.add_argument("question")
-    ask.add_argument("-n", type=int, default=4, help="answers (default: 4)")
-    for sub in (table, ask):
-        sub.add_argument("--reward-model", default="reward_model", help="r, if it is there")
-        sub.add_argument("--max-new-tokens", type=int, default=24)
-        sub.add_argument("--runs", default="runs")
-        sub.add_argument("--device", default="auto")
-    cfg = parser.parse_args()
-    device = pick_device(cfg.device)
-    reward = find_reward(cfg, device, cfg.reward_model)
-    if cfg.command == "sample":
-        sample(cfg, reward, device)
+    command = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
+    if command == "report":
+        cfg = parse(Report, main.__doc__)
+    elif command == "sample":
+        cfg = parse(Sample, main.__doc__)
     else:
-        found = report(
-            cfg, cfg.ref, reward, read_prompts(cfg.data, cfg.max_new_tokens)[1], device
-        )
-        draw_frontier(cfg, found, device)
+        fail(__doc__)
+    device = pick_device(cfg.device)
+    reward = find_reward(cfg, device)
+    if command == "sample":
+        sample(cfg, reward, device)
+        return
+    prompts = read_prompts(cfg.data, cfg.max_new_tokens)[1]
+    draw_frontier(cfg, report(cfg, cfg.ref, reward, prompts, device), device)
 
 
 if __name__ == "__main__":

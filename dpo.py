@@ -159,9 +159,8 @@ def main(cfg: Config) -> None:
         )
     device = common.pick_device(cfg.device)
     own = cfg.data and common.read_jsonl(cfg.data, ("prompt", "chosen", "rejected"))
-    flags = ("init", "ref") if own else ("init", "ref", "comparisons")
-    init, ref, *_ = common.ensure(cfg, *flags)
-    train_rows, held_rows = common.split(own or common.comparisons(cfg, cfg.ref, device))
+    train_rows, held_rows = common.split(own or common.comparisons(cfg, device))
+    init, ref = common.ensure(cfg, "init", "ref")
     policy = common.load_model(init, "lm", device)
     reference = common.load_model(ref, "lm", device).requires_grad_(False)
 

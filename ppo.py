@@ -20,7 +20,7 @@ What sets this apart from standard RL, eq:rl_opt (chapter "Training Overview"), 
     [3] one reward for the whole response, and no γ: eq:rl_opt_int.
 
     python ppo.py                            the whole recipe: makes the inputs it lacks
-    python ppo.py --estimator rloo           or grpo, reinforce, gae
+    python ppo.py --estimator rloo --out ppo_rloo        or grpo, reinforce, gae
     python ppo.py --beta 0 --out ppo_beta0   over-optimisation
 
 Look at: J and reward rising while kl stays at a few nats, and gold, on which nothing here
@@ -102,7 +102,8 @@ def rloo(returns: Tensor, n: int) -> Tensor:
 def grpo(returns: Tensor, n: int) -> Tensor:
     """Group-normalised advantages (B,); equal returns give exactly 0. eq:GRPO_ADV
 
-    Not an ascent of J: dividing by the group's std makes it count wins, blind to margins.
+    Not an ascent of J: every prompt's spread counts the same. With n = 2 the sizes of the
+    returns do not count at all, and what is ascended is the win rate (twice).
     """
     # A_i = (R_i − mean R) / std R
     groups = returns.view(-1, n)
@@ -277,8 +278,9 @@ def main(cfg: Config) -> None:
 
     common.seed_all(cfg.seed)
     critic = None
-    if cfg.estimator in ("value", "gae"):  # V starts as 0: its own trunk, a zero head
-        critic = common.scalar_copy(policy, zero=True)
+    if cfg.estimator in ("value", "gae"):  # V starts as 0: a trunk of its own, a zero head
+        critic = common.scalar_copy(policy)
+        torch.nn.init.zeros_(critic.scalar.weight)
     optimizers = [common.adamw(model) for model in (policy, critic) if model]
     same = common.crc(init / "model.pt") == common.crc(ref / "model.pt")
     print(

@@ -18,9 +18,9 @@ best-of-N policy, whose KL to the sampler is at most log N − (N − 1)/N nats.
 
 Look at: gold against the control of the same size, which imitates itself and stands still.
 selected.jsonl has the answers that were kept; `sft.py --data` takes it as it is.
-metrics.csv: `round`; of all samples of the round, drawn before its updates, `reward`, `gold`
-(means) and `kl` (nats per response); `selected`, the mean reward of those kept; `loss`
-(nats per token); `lr`.
+metrics.csv: `round`; of the round's samples, drawn before its updates, `reward`, `gold`
+(means) and `kl` (nats per response, from the first 512; of π only at temperature 1);
+`selected`, the mean reward of those kept; `loss` (nats per token); `lr`.
 """
 
 import json
@@ -103,7 +103,7 @@ def sample_and_score(cfg: Config, prompts: list[str], policy, reference, reward)
         columns = zip(part, common.completions(rollout), rollout.finished.tolist())
         keys = ("prompt", "completion", "completion_finished")
         answers += [dict(zip(keys, row)) for row in columns]
-        if kl is None:  # on the first 512 samples; exactly so for π at temperature 1
+        if kl is None:  # the first 512 tell enough
             models = (policy, reference)
             p, q = (
                 common.token_logprobs(m, rollout.tokens, rollout.response_mask) for m in models
@@ -164,9 +164,8 @@ def main(cfg: Config) -> None:
             lr = cfg.lr * (1 - step % cfg.steps / cfg.steps)
             loss = common.descend(loss, policy, optimizer, lr, f"step {step}")
             run.log(round=step // cfg.steps, **row, loss=loss, lr=lr)
-    lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in kept]
-    common.write(run.folder / "selected.jsonl", "".join(lines))
-
+        lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in kept]
+        common.write(run.folder / "selected.jsonl", "".join(lines))
     found = common.report(cfg, cfg.ref, reward, held, device)
     common.before_and_after(cfg, found, device)
 

@@ -140,8 +140,8 @@ def accuracy(model: Transformer, rows: list[dict]) -> str:
 def show(cfg: Config, model: Transformer, rows: list[dict]) -> None:
     """Print the accuracy on held-out pairs, file by file, beside that of runs/reward_model;
     and three of the pairs with the score of each answer."""
-    for source in dict.fromkeys(row.get("source", cfg.data) for row in rows):
-        pairs = [row for row in rows if row.get("source", cfg.data) == source]
+    for source in [cfg.data] if cfg.data else cfg.comparisons.split(","):
+        pairs = [row for row in rows if cfg.data or row["source"] == source]
         print(f"\n{len(pairs)} held-out pairs of {source}")
         for name in dict.fromkeys((Config.out, cfg.out)):
             folder = Path(cfg.runs) / name
@@ -158,10 +158,8 @@ def show(cfg: Config, model: Transformer, rows: list[dict]) -> None:
 def main(cfg: Config) -> None:
     device = common.pick_device(cfg.device)
     own = cfg.data and common.read_jsonl(cfg.data, ("prompt", "chosen", "rejected"))
-    flags = ("init",) if own or cfg.policy else ("init", "comparisons")
-    init, *_ = common.ensure(cfg, *flags)
-    policy = cfg.policy or cfg.init
-    train_rows, held_rows = common.split(own or common.comparisons(cfg, policy, device))
+    train_rows, held_rows = common.split(own or common.comparisons(cfg, device))
+    (init,) = common.ensure(cfg, "init")
     common.seed_all(cfg.seed)
     random.shuffle(train_rows)  # so that --pairs takes from all files alike
     train_rows = train_rows[: cfg.pairs]

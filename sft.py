@@ -68,6 +68,17 @@ def sft_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------ data
 
 
+def read_text(path: str) -> str:
+    """The raw text of --raw, which must be UTF-8 and long enough to learn from."""
+    try:
+        text = common.read(path).decode()
+    except UnicodeDecodeError as error:
+        common.fail(f"{path}:0: byte {error.start} is not UTF-8; save the file as UTF-8")
+    if len(text) < 1000:
+        common.fail(f"{path}:0: {len(text)} characters are too few; give at least 1000")
+    return text
+
+
 def raw_windows(text: str, width: int = 32) -> tuple[Tensor, Tensor]:
     """The text cut into B windows: tokens (B, T), and a mask that is True everywhere."""
     ids = torch.tensor(common.encode(text))
@@ -108,7 +119,7 @@ def train(cfg: Config, out: str, model: Transformer, rows, held, lr: float, step
 def make_base(cfg: Config, device: torch.device) -> None:
     """Next-token prediction on raw text, from random weights, to runs/base."""
     print(f"{cfg.runs}/base: next-token prediction on raw text, {cfg.base_steps} steps")
-    text = common.read_text(cfg.raw) if cfg.raw else common.raw_text(cfg.seed)
+    text = read_text(cfg.raw) if cfg.raw else common.raw_text(cfg.seed)
     cut = int(len(text) * 0.95)  # the end of the text is held out
     model = Transformer(common.ModelConfig()).to(device)
     rows, held = raw_windows(text[:cut]), [x[:256] for x in raw_windows(text[cut:])]
@@ -116,6 +127,8 @@ def make_base(cfg: Config, device: torch.device) -> None:
 
 
 def main(cfg: Config) -> None:
+    if cfg.raw and cfg.init != "base":
+        common.fail(f"--raw {cfg.raw}: it is for the base model; use it without --init")
     device = common.pick_device(cfg.device)
     if cfg.data:
         rows = common.read_jsonl(cfg.data, ("prompt", "completion"))
@@ -136,7 +149,8 @@ def main(cfg: Config) -> None:
         [row["prompt"] for row in held_rows] if cfg.data else common.read_prompts(None, 0)[1]
     )
     reward = common.find_reward(cfg, device)
-    found = common.report(cfg, cfg.out, reward, prompts, device)
+    ref = "sft" if common.is_done(Path(cfg.runs) / "sft") else cfg.out
+    found = common.report(cfg, ref, reward, prompts, device)
     common.before_and_after(cfg, found, device)
 
 

@@ -307,6 +307,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(diverges, name):
         ("--reward-model sft", "holds a policy, and a reward model is needed"),
         ("--reward nowhere.py:r", "nowhere.py:0: cannot be read"),
         ("--data nowhere.jsonl", "nowhere.jsonl:0: cannot be read"),
+        ("--reward mine.py", "--reward mine.py: name the function too"),
+        ("--out sft", "--out sft: other runs start from it"),
+        ("--ref other --out other", "--out other: other runs start from it"),
     ],
 )
 def test_a_wrong_command_line_is_refused(refused, flags, says):
