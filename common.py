@@ -931,6 +931,8 @@ def report(cfg, ref: str, reward, prompts: list[str], device) -> dict[str, list[
     gold, right facts, length (tokens), finished, seconds. Returns the answers."""
     runs, room = Path(cfg.runs), ModelConfig.context - cfg.max_new_tokens
     prompts = [x for x in dict.fromkeys(prompts) if len(chat(x)) <= room][:400]
+    if not prompts:
+        fail(f"no held-out prompt leaves room for {cfg.max_new_tokens} new tokens")
     others = sorted({path.parent.name for path in runs.glob("*/model.pt")} - {ref, "base"})
     found = {}
     for name in (ref, *others):
@@ -1062,21 +1064,17 @@ def parse(config: type, doc: str):
     style = argparse.RawDescriptionHelpFormatter
     parser = _Parser(description=doc, formatter_class=style, allow_abbrev=False)
     for f in fields(config):
-        name, kind, choices = f.name.replace("_", "-"), type(f.default), f.metadata["choices"]
-        text, metavar = (
-            f.metadata["help"].replace("%", "%%"),
-            None if choices else f.name.upper(),
-        )
+        name, text = f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if f.default is MISSING:
-            parser.add_argument(f.name, help=text, metavar=metavar)
+            parser.add_argument(f.name, help=text, metavar=name.upper())
             continue
         parser.add_argument(
             f"--{name}" if len(name) > 1 else f"-{name}",
-            type=str if f.default is None else kind,
+            type=str if f.default is None else type(f.default),
             default=f.default,
             help=text + " (default: %(default)s)",
-            choices=choices or None,
-            metavar=metavar,
+            choices=f.metadata["choices"] or None,
+            metavar=None if f.metadata["choices"] else name.upper(),
         )
     cfg = config(**vars(parser.parse_args()))
     for f in fields(config):
