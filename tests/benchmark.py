@@ -1,16 +1,24 @@
-"""Time the project beside `transformers`: same weights, same batches, measured in turn.
+"""Time the project beside `transformers`, and a PPO step part by part and size by size.
 
-python tests/benchmark.py                 needs runs/sft; compares where transformers is there
-python tests/benchmark.py --threads 1
+python tests/benchmark.py [--threads 1]     needs runs/sft and runs/reward_model
+
+1. Rollouts and training steps of ours and, if it is there, of the Llama of transformers: the
+   same weights (equal logits and gradients are checked), the same batches, in turn. But ours
+   reads a beginning that rows share once, drops finished rows from the batch (on a CPU), and
+   has logits and the last block's MLP only where they are needed; theirs pads on the left.
+   Sampled texts differ by seed.
+
+2. The parts of a PPO step of the default run. 3. Its growth with rows, tokens and model.
 """
 
+import argparse
 import ctypes
 import math
 import sys
-import time
-from dataclasses import dataclass
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
+from statistics import median
 from unittest.mock import patch
 
 import torch
@@ -18,7 +26,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common, dpo, reward_model, sft  # noqa: E401, E402, I001
-from common import EOS, PAD, ModelConfig, Transformer, arg  # noqa: E402
+from benchmark_ppo import breakdown, growth, timed  # noqa: E402
+from common import EOS, PAD, Transformer  # noqa: E402
 
 try:
     import transformers as hf
@@ -26,87 +35,78 @@ except ImportError:
     hf = None
 
 
-@dataclass
-class Config:
-    threads: int = arg(torch.get_num_threads(), "of torch, on a CPU", low=1)
-    rounds: int = arg(7, "alternations of ours and theirs", low=1)
-    runs: str = arg("runs", "the folder that has the SFT model")
-    device: str = arg("auto", "auto, cpu or cuda")
-
-
-def timed(run) -> tuple[float, object]:
-    """Seconds until run() is over, on CUDA its last kernel too, and what it returned."""
-    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else int
-    wait()
-    began, result, _ = time.perf_counter(), run(), wait()
-    return time.perf_counter() - began, result
-
-
-def peak(run, cuda: bool) -> float:
+def peak(run) -> float:
     """MiB that run() takes beyond what stood there before; NaN where that is not known."""
-    if cuda:  # at the first call, which captures its graphs
+    if torch.cuda.is_initialized():  # at the first call, which captures its graphs
         torch.cuda.reset_peak_memory_stats()
         before, _ = torch.cuda.memory_allocated(), run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    run()  # the first call also reads libraries in
+    status, _ = Path("/proc/self/status"), run()  # the first call also reads libraries in
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back what the allocator kept
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+        before, _, after = status.read_text(), run(), status.read_text()
     except (OSError, AttributeError):
         return math.nan
-    before, _, after = (Path("/proc/self/status").read_text(), run(),
-                        Path("/proc/self/status").read_text())  # fmt: skip
     kept, top = before.split("VmRSS:")[1].split()[0], after.split("VmHWM:")[1].split()[0]
     return (int(top) - int(kept)) / 1024
 
 
-def matmuls(c: ModelConfig, positions: float, logits: float) -> list[tuple[int, int, int]]:
-    """(rows, in, out) of the products of one forward pass."""
-    C, head = c.channels, [(round(logits), c.channels, c.vocab_size)] * (logits > 0)
-    block = [(C, C + 2 * C * c.kv_heads // c.heads), (C, C), (C, 2 * c.hidden), (c.hidden, C)]
-    return [(round(positions), *shape) for shape in block * c.layers] + head
+def matmuls(run) -> tuple[int, float]:
+    """FLOPs of run()'s products with weights and of their gradients; FLOP/s of these alone."""
+    work, linear = [], F.linear
+
+    def noted(x, w, bias=None):
+        y = linear(x, w)
+        work.append([t.detach().flatten(0, -2) for t in (x, w, y)])
+        return y
+
+    def alone():
+        for x, w, g in work:  # g: where the gradient of y would stand
+            _ = linear(x, w), g @ w, g.T @ x
+
+    with patch.object(F, "linear", noted):
+        run()
+    flops = sum(6 * len(x) * w.numel() for x, w, _ in work)
+    return flops, flops / min(timed(alone)[0] for _ in range(7))
 
 
-def matmul_rate(shapes, device, backward: bool = False) -> float:
-    """FLOP/s of these products in turn, best of 7; backward: with those of the gradients."""
-    sizes = [((n, i), (o, i), (n, o)) for n, i, o in shapes]
-    work = [[torch.randn(size, device=device) for size in three] for three in sizes]
-    total = (3 if backward else 1) * sum(2 * n * i * o for n, i, o in shapes)
-    work *= max(1, int(2e9 / total))  # long enough to time
-
-    def run():
-        for x, w, g in work:
-            _ = F.linear(x, w), *((g @ w, g.T @ x) if backward else ())
-
-    return len(work) / len(shapes) * total / min(timed(run)[0] for _ in range(7))
+FIELDS = """vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads
+intermediate_size max_position_embeddings rope_theta rms_norm_eps""".split()  # as ModelConfig's
 
 
-NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "scalar": "score"}
-NAMES |= {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-NAMES |= {"qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "down": "mlp.down_proj"}
-NAMES |= {"out": "self_attn.o_proj", "gate_up": "mlp.gate_proj mlp.up_proj"}
-SHAPE = """vocab_size vocab_size hidden_size channels intermediate_size hidden
-rope_theta rope_theta num_hidden_layers layers num_attention_heads heads num_key_value_heads
-kv_heads max_position_embeddings context rms_norm_eps norm_eps""".split()
+def as_llama(tensors):
+    """One tensor per parameter of ours, in the order of theirs, the fused ones split."""
+    embed, *rest = tensors
+    yield embed
+    while len(rest) > 2:
+        attention_norm, qkv, out, mlp_norm, gate_up, down, *rest = rest
+        yield from (*qkv.chunk(3), out, *gate_up.chunk(2), down, attention_norm, mlp_norm)
+    yield from rest
 
 
-def as_llama(model: Transformer, pick):
-    """pick(parameter) under the names of transformers, the fused weights split."""
-    for name, parameter in model.named_parameters():
-        *block, kind, _ = name.split(".")
-        names, at = NAMES[kind].split(), f"model.layers.{block[1]}." if block else ""
-        for part, x in zip(names, pick(parameter).chunk(len(names))):
-            yield f"{at}{part}.weight", x
+class Llama(torch.nn.Module):
+    """The Llama of transformers with the weights of `ours`, for the functions of `common`."""
 
+    def __init__(self, ours: Transformer, kind: str, tokens, mask):
+        super().__init__()
+        shape = dict(zip(FIELDS, astuple(ours.config))) | {"pad_token_id": PAD, "num_labels": 1}
+        shape |= {"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": True}
+        net = hf.LlamaForSequenceClassification if kind == "reward" else hf.LlamaForCausalLM
+        self.net, there = net(hf.LlamaConfig(**shape)).to(ours.device), tokens != PAD
+        for p, x in zip(self.parameters(), as_llama(ours.parameters()), strict=True):
+            p.data.copy_(x)
+        off = [ours(tokens)[there] - self(tokens, there)] if ours.kind == "lm" else []
+        ours.zero_grad()
+        for side in (ours, self):
+            loss(side, kind, tokens, mask).backward()
+        grads = as_llama([p.grad for p in ours.parameters()])
+        off += [p.grad - grad for p, grad in zip(self.parameters(), grads)]
+        assert max(x.abs().max() for x in off) < 1e-4, "ours and theirs are not the same model"
 
-def llama(model: Transformer):
-    """The Llama of transformers with the model's weights."""
-    shape = {t: getattr(model.config, o) for t, o in zip(SHAPE[::2], SHAPE[1::2])}
-    shape |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": PAD, "num_labels": 1}
-    kind = hf.LlamaForCausalLM if model.kind == "lm" else hf.LlamaForSequenceClassification
-    twin = kind(hf.LlamaConfig(**shape, tie_word_embeddings=True, attn_implementation="sdpa"))
-    twin.load_state_dict(dict(as_llama(model, torch.Tensor.detach)), strict=False)
-    return twin.to(model.device)
+    def forward(self, tokens, keep):
+        out = self.net(tokens, attention_mask=tokens != PAD, use_cache=False).logits
+        return out[keep] if out.dim() == 3 else out[:, 0]
 
 
 def roll(model, prompts, limit: int, stops: bool, **cache) -> int:
@@ -115,119 +115,86 @@ def roll(model, prompts, limit: int, stops: bool, **cache) -> int:
         with patch.object(common, "EOS", EOS if stops else -1):
             return int(common.generate(model, prompts, limit).response_mask.sum())
     P, free = max(map(len, prompts)), {"do_sample": True, "top_k": 0, "max_new_tokens": limit}
-    free |= {"eos_token_id": EOS} if stops else {}
-    ids = torch.tensor([[PAD] * (P - len(p)) + p for p in prompts], device=model.device)
-    out = model.generate(ids, attention_mask=(ids != PAD).long(), **free, **cache)[:, P:]
-    over = (out == EOS) & stops
-    return int((over.cumsum(1) - over.long() == 0).sum())
+    free |= cache | ({"eos_token_id": EOS} if stops else {})
+    ids = torch.tensor([[PAD] * (P - len(p)) + p for p in prompts], device=model.net.device)
+    out = model.net.generate(ids, attention_mask=(ids != PAD).long(), **free)[:, P:]
+    return int((out != PAD).sum()) if stops else out.numel()  # after EOS they write PAD
 
 
-def outputs(model, tokens, mask, there):
-    """By ours or theirs: log-probs of the responses (rows, T), or scores (rows,)."""
-    if isinstance(model, Transformer):
-        run = common.token_logprobs if model.kind == "lm" else common.score
-        return run(model, tokens, mask)
-    logits = model(tokens, attention_mask=there, use_cache=False).logits
-    if logits.dim() == 2:
-        return logits[:, 0]
-    labels = tokens.masked_fill(~mask, -100)[:, 1:].flatten()
-    logp = -F.cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="none")
-    return F.pad(logp.view(len(tokens), -1), (1, 0))
-
-
-LOSSES = {  # of outputs; the same for both sides
-    "SFT": lambda out, mask, ref: sft.sft_loss(out, mask),
-    "reward": lambda out, *_: reward_model.bradley_terry_loss(*out.view(-1, 2).T).mean(),
-    "DPO": lambda out, mask, ref: dpo.dpo(*(out.sum(1).view(-1, 2) - ref).T, 0.3).mean(),
-}
+def loss(model, kind: str, tokens, mask):
+    """Of ours or theirs; DPO's beside a reference whose log-probs are 0."""
+    if kind == "reward":
+        scores = common.score(model, tokens, mask).view(-1, 2)
+        return reward_model.bradley_terry_loss(*scores.T).mean()
+    logprobs = common.token_logprobs(model, tokens, mask)
+    pairs = logprobs.sum(1).view(-1, 2)
+    return sft.sft_loss(logprobs, mask) if kind == "SFT" else dpo.dpo(*pairs.T, 0.3).mean()
 
 
 def train(model, kind: str, optimizer, batches) -> int:
-    """An optimizer step on every batch, by ours or theirs."""
-    for *batch, ref in batches:
-        loss = LOSSES[kind](outputs(model, *batch), batch[1], ref)
-        common.descend(loss, model, optimizer, 1e-5, "benchmark")
-    return sum(tokens.numel() for tokens, *_ in batches)
+    """An optimizer step of ours or theirs on every batch."""
+    for batch in batches:
+        common.descend(loss(model, kind, *batch), model, optimizer, 1e-5, "benchmark")
+    return sum(tokens.numel() for tokens, _ in batches)
 
 
-def check(model: Transformer, twin, kind: str, batches) -> None:
-    """Ours and theirs have equal logits and gradients: they are the same model."""
-    tokens, mask, there, ref = batches[0]
-    for side in (model, twin):
-        side.zero_grad()
-        LOSSES[kind](outputs(side, tokens, mask, there), mask, ref).backward()
-    grads = {name: p.grad for name, p in twin.named_parameters()}
-    off = [g - grads[name] for name, g in as_llama(model, lambda p: p.grad)]
-    if model.kind == "lm":
-        off += [(model(tokens) - twin(tokens, attention_mask=there).logits)[there.bool()]]
-    assert max(x.abs().max() for x in off) < 1e-4, "ours and theirs are not the same model"
-
-
-def training_batches(model: Transformer, kind: str, device) -> list:
-    """Four batches of 64 rows as the scripts make them, with log-probs of a reference."""
-    torch.manual_seed(0)
-    prompts = [common.chat(prompt) for prompt in list(common.QUESTIONS)[:256]]
-    rollout = common.generate(model, prompts, 24)
-    made = []
-    for tokens, mask in zip(rollout.tokens.split(64), rollout.response_mask.split(64)):
-        made.append((tokens, mask, tokens != PAD, torch.zeros(32, 2, device=device)))
-    return made
-
-
-def compare(name: str, ours, theirs: list, rounds: int, rate: float, shapes=()) -> None:
-    """Print tokens/s of ours and of the best of theirs, measured in turn; the range of the
-    ratio; and of a training step what share of the matmul rate at its shapes it reaches."""
-    cuda = torch.cuda.is_available()
-    memory = peak(ours, cuda), *(peak(run, cuda) for run in theirs)
-    speed = []
+def compare(name: str, rounds: int, runs: list, square: float = 0) -> None:
+    """Print a row of the first table; runs: ours, then theirs if they are there."""
+    (memory, *others), speed = map(peak, runs), []
     for _ in range(rounds):
-        row = [(tokens / seconds) for seconds, tokens in map(timed, (ours, *theirs))]
-        speed.append((row[0], max(row[1:], default=math.nan)))
-    mine, best = (sorted(column) for column in zip(*speed))
-    ratio = sorted(a / b for a, b in speed)
-    middle = rounds // 2
-    line = f"{name:34s}{mine[middle]:9.0f}{memory[0]:6.0f} MiB{best[middle]:9.0f}"
-    line += f"{min(memory[1:], default=math.nan):6.0f} MiB"
-    line += f"{ratio[middle]:7.2f} ({ratio[0]:.2f}–{ratio[-1]:.2f})"
-    if shapes:  # three products a weight: forward, and two gradients
-        needed = 3 * sum(2 * n * i * o for n, i, o in shapes) * mine[middle] / shapes[0][0]
-        line += f"{needed / rate:6.0%}"
+        ours, *rest = (tokens / seconds for seconds, tokens in map(timed, runs))
+        speed.append((ours, max(rest, default=math.nan)))
+    (ours, best), ratio = map(median, zip(*speed)), [a / b for a, b in speed]
+    line = f"{name:34s}{ours:8.0f}{memory:6.0f} MiB{best:9.0f}"
+    line += f"{min(others, default=math.nan):6.0f} MiB"
+    line += f"{median(ratio):7.2f} ({min(ratio):.2f}–{max(ratio):.2f})"
+    if square:
+        flops, rate = matmuls(runs[0])
+        line += "".join(f"{flops * ours / runs[0]() / full:8.0%}" for full in (rate, square))
     print(line, flush=True)
 
 
-def main(cfg: Config) -> None:
+def main() -> None:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7, help="of ours and theirs, in turn")
+    parser.add_argument("--runs", type=Path, default="runs")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    cfg = parser.parse_args()
     torch.set_num_threads(cfg.threads)
     device = common.pick_device(cfg.device)
-    policy = common.load_model(Path(cfg.runs) / "sft", "lm", device)
-    c = policy.config
-    square = matmul_rate([(2048, 2048, 2048)], device) / 1e9
-    print(f"{device}, {cfg.threads} threads, torch {torch.__version__}; {square:.0f} GFLOP/s")
-    print(f"{'':34s}{'ours/s':>9s}{'peak':>10s}{'theirs/s':>9s}{'peak':>10s}{'ratio':>7s}")
+    common.seed_all(0)
+    policy = common.load_model(cfg.runs / "sft", "lm", device)
+    _, square = matmuls(lambda: F.linear(*torch.randn(2, 2048, 2048, device=device)))
+    beside = f"transformers {hf.__version__}" if hf else "no transformers"
+    print(f"{device}, {cfg.threads} threads, torch {torch.__version__}, {beside};", end=" ")
+    print(f"products of 2048 × 2048: {square / 1e9:.0f} GFLOP/s")
+    if device.type == "cuda":
+        x = torch.empty(2**28, device=device)
+        seconds = min(timed(x.clone)[0] for _ in range(7))
+        print(f"memory bandwidth {2 * x.nbytes / seconds / 1e9:.0f} GB/s, of a 1 GiB copy")
+    print(f"{'tokens/s':38s}ours      peak   theirs      peak  ratio (range)     matmul share")
     prompts = [common.chat(prompt) for prompt in list(common.QUESTIONS)[::4][:256]]
+    rollout = common.generate(policy, prompts, 24)
+    batches = list(zip(rollout.tokens.split(64), rollout.response_mask.split(64)))
     for limit, stops in ((64, False), (24, True), (64, True)):
-        theirs = []
-        if hf:
-            twin, static = llama(policy), {"cache_implementation": "static"}
-            theirs = [partial(roll, twin, prompts, limit, stops, **h) for h in ({}, static)]
-        name = f"rollout 256 × {limit}, {'real stopping' if stops else 'forced'}"
-        ours = partial(roll, policy, prompts, limit, stops)
-        compare(name, ours, theirs, cfg.rounds, 1.0)
-    for kind in LOSSES:
+        sides = [policy, Llama(policy, "SFT", *batches[0])] if hf else [policy]
+        runs = [partial(roll, model, prompts, limit, stops) for model in sides]
+        runs += [partial(run, cache_implementation="static") for run in runs[1:]]
+        how = "real stopping" if stops else "forced"
+        compare(f"rollout 256 × {limit}, {how}", cfg.rounds, runs)
+    for kind in ("SFT", "reward", "DPO"):
         model = common.scalar_copy(policy) if kind == "reward" else policy
-        batches = training_batches(policy, kind, device)
-        positions, kept = batches[0][0].numel(), int(batches[0][1].sum())
-        shapes = matmuls(c, positions, 0 if kind == "reward" else kept)
-        rate, sides = matmul_rate(shapes, device, backward=True), [model]
-        if hf:
-            sides.append(llama(model))
-            check(*sides, kind, batches)
+        sides = [model, Llama(model, kind, *batches[0])] if hf else [model]
         runs = [partial(train, side, kind, common.adamw(side), batches) for side in sides]
-        compare(f"{kind} step, 64 rows", runs[0], runs[1:], cfg.rounds, rate, shapes)
-    print(
-        "tokens/s: sampled response tokens, or all positions of a training step; last column:"
-    )
-    print("share of the matmul rate at the step's own shapes. theirs: best of their variants.")
+        compare(f"{kind} step, 64 rows", cfg.rounds, runs, square)
+    print("tokens: sampled in responses, or all positions of a training step; matmul share:")
+    print("at the step's own shapes, of 2048 × 2048; theirs: better of two caches, least peak")
+    print(__doc__.split("\n\n")[2])  # what differs between the two sides
+    breakdown(cfg, device)
+    growth(cfg.rounds, device)
 
 
 if __name__ == "__main__":
-    main(common.parse(Config, __doc__))
+    main()
