@@ -35,7 +35,9 @@ def test_the_exercises_apply_and_are_python(file, old, new):
 def test_every_flag_that_is_named_exists():
     """A flag renamed or dropped in the code alone."""
     scripts = "".join(path.read_text() for path in ROOT.glob("*.py"))
-    commands = re.findall(r"python (?:ppo|dpo|sft|reward_model|rejection_sampling)\.py.*", README)
+    commands = re.findall(
+        r"python (?:ppo|dpo|sft|reward_model|rejection_sampling)\.py.*", README
+    )
     flags = {flag for line in commands for flag in re.findall(r"--([a-z-]+)", line)}
     assert flags
     for flag in flags:
