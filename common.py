@@ -251,7 +251,8 @@ def _decode(
     """The token loop: tokens with samples in place of PAD, and their log-probs, (B, T)."""
     B, T, c = *tokens.shape, model.config
     tokens, logprobs = tokens.clone(), torch.zeros_like(noise)
-    cache = noise.new_empty(c.layers, 2, B, c.kv_heads, T, c.channels // c.heads)
+    room = min(T, start + 12) if leave else T  # of a short cache less is moved
+    cache = noise.new_empty(c.layers, 2, B, c.kv_heads, room, c.channels // c.heads)
     rows, read = torch.arange(B, device=tokens.device), 0  # rows still in the batch
     over = torch.zeros_like(rows, dtype=torch.bool)
     if leave and start > 1:  # the N samples of a prompt share its beginning: read it once
@@ -263,6 +264,8 @@ def _decode(
         cache[..., :read, :] = shared[:, :, which]
     new = tokens[:, read:start]
     for t in range(start, T):
+        if t > cache.shape[-2]:
+            cache = F.pad(cache, (0, 0, 0, 32))
         logits = model.head(model.trunk(new, cache, t - new.shape[1])[:, -1])
         p = (logits / temperature).softmax(-1)  # (rows, V)
         # inverse CDF: the first token whose cumulative probability exceeds u
@@ -302,7 +305,8 @@ def _decode_on_cuda(model, tokens, lengths, ends, noise, start, temperature):
             _decode(model, *inputs, start, temperature, leave=False)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        pool = next(iter(graphs.values()))[0].pool() if graphs else None  # one KV cache for all
+        # one KV cache for all: what a replay leaves there is copied before the next
+        pool = next(iter(graphs.values()))[0].pool() if graphs else None
         with torch.cuda.graph(graph, pool=pool):
             outputs = _decode(model, *inputs, start, temperature, leave=False)
         graphs[key] = graph, inputs, outputs
