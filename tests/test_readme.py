@@ -26,6 +26,8 @@ def test_there_are_six_exercises():
 @pytest.mark.parametrize(("file", "old", "new"), diffs())
 def test_the_exercises_apply_and_are_python(file, old, new):
     """A script that has moved on while the README has not."""
+    if not (ROOT / file).exists():
+        pytest.skip(f"{file} is not there")
     source = (ROOT / file).read_text()
     assert source.count(old) == 1
     assert len((old + new).splitlines()) <= 15
@@ -34,11 +36,11 @@ def test_the_exercises_apply_and_are_python(file, old, new):
 
 def test_every_flag_that_is_named_exists():
     """A flag renamed or dropped in the code alone."""
-    scripts = "".join(path.read_text() for path in ROOT.glob("*.py"))
-    commands = re.findall(
-        r"python (?:ppo|dpo|sft|reward_model|rejection_sampling)\.py.*", README
-    )
-    flags = {flag for line in commands for flag in re.findall(r"--([a-z-]+)", line)}
-    assert flags
-    for flag in flags:
-        assert re.search(rf"^    {flag.replace('-', '_')}: \w+ = arg\(", scripts, re.M), flag
+    commands = re.findall(r"python (\w+\.py)(.*)", README)
+    assert len(commands) > 10
+    for file, rest in commands:
+        if file == "common.py" or not (ROOT / file).exists():
+            continue
+        for flag in re.findall(r"--([a-z-]+)", rest):
+            field = rf"^    {flag.replace('-', '_')}: \w+ = arg\("
+            assert re.search(field, (ROOT / file).read_text(), re.M), f"{file} --{flag}"
