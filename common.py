@@ -1002,14 +1002,17 @@ def sample(cfg, reward, device) -> None:
 
 def draw_frontier(cfg, found: dict[str, list[dict]], device) -> None:
     """runs/frontier.png: reward and gold against KL, a point per run, with the path of its
-    training where metrics.csv has one. Dotted: the best gold at each KL, samples of π_ref
-    weighted by e^{gold/β} (eq:dpo_opt_policy, with the gold reward in place of r)."""
+    training where metrics.csv has one, whose reward is the one it was trained on. Dotted: the
+    best gold at each KL, samples of π_ref weighted by e^{gold/β} (eq:dpo_opt_policy, with the
+    gold reward in place of r)."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         print("matplotlib is not installed, so no frontier.png is drawn")
         return
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    for axis in axes:
+        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for name, answers in found.items():
         mean = {
             k: sum(a[k] for a in answers) / len(answers)
