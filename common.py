@@ -87,6 +87,8 @@ def collate(rows: list[tuple[list[int], list[int]]], device=None) -> tuple[Tenso
 
 @dataclass
 class ModelConfig:
+    """The sizes of a Transformer; saved with its weights."""
+
     vocab_size: int = VOCAB_SIZE
     channels: int = 128
     layers: int = 2
@@ -199,6 +201,8 @@ def scalar_copy(model: Transformer) -> Transformer:
 
 @dataclass
 class Rollout:
+    """B sampled responses, each to its prompt."""
+
     tokens: Tensor  # (B, T) prompt, response, then PAD
     response_mask: Tensor  # (B, T) True on response tokens, EOS included
     finished: Tensor  # (B,) the response ended with EOS
@@ -532,6 +536,7 @@ def write(path: Path, data: bytes | str) -> None:
 
 
 def read(path: str | Path) -> bytes:
+    """A file that must be there."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -619,6 +624,7 @@ def shuffled(prompts: list[str]) -> Iterator[str]:
 
 
 def save_model(folder: Path, model: Transformer, made: dict) -> None:
+    """folder/model.pt: weights, model config, and how it was made."""
     saved = {"head": model.kind, "config": asdict(model.config), "made": made}
     saved["weights"] = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     buffer = io.BytesIO()
@@ -627,6 +633,7 @@ def save_model(folder: Path, model: Transformer, made: dict) -> None:
 
 
 def read_checkpoint(folder: Path) -> dict:
+    """What save_model wrote; anything else ends the program."""
     path = folder / "model.pt"
     try:  # weights_only: a stranger's file can hold tensors and numbers, not code to run
         saved = torch.load(io.BytesIO(read(path)), map_location="cpu", weights_only=True)
@@ -662,7 +669,7 @@ def ensure(cfg, *flags: str) -> list[Path]:
     """The folders of the models that these flags name. A named one that is missing is an
     error; then each default one that is missing is made, by the script that makes it."""
     for flag in flags:
-        name, default = getattr(cfg, flag), type(cfg).__dataclass_fields__[flag].default
+        name, default = getattr(cfg, flag), getattr(type(cfg), flag)
         if name != default and not (Path(cfg.runs) / name / "model.pt").exists():
             maker = MAKERS.get(name) or MAKERS.get(default, "ppo.py")
             fail(
@@ -671,7 +678,7 @@ def ensure(cfg, *flags: str) -> list[Path]:
             )
     folders = [Path(cfg.runs) / getattr(cfg, flag) for flag in flags]
     for flag, folder in zip(flags, folders):
-        default = type(cfg).__dataclass_fields__[flag].default
+        default = getattr(type(cfg), flag)
         if folder.name != default or is_done(folder):
             continue
         print(f"{folder} is not there, or unfinished: {MAKERS[default]} makes it", flush=True)
@@ -690,7 +697,7 @@ def comparisons(cfg, device: torch.device) -> list[dict]:
     """The judged pairs in runs/NAME/comparisons.jsonl, for each NAME of cfg.comparisons,
     "a,b". What is missing is collected: for the default name from ref or init, for another
     from cfg.policy, without which that is an error."""
-    default, rows = type(cfg).__dataclass_fields__["comparisons"].default, []
+    default, rows = type(cfg).comparisons, []
     paths = {n: Path(cfg.runs) / n / "comparisons.jsonl" for n in cfg.comparisons.split(",")}
     missing = [name for name, path in paths.items() if not path.exists()]
     flags = [flag for flag in ("init", "ref", "policy") if getattr(cfg, flag, None)]
@@ -744,11 +751,13 @@ def take(rows: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def seed_all(seed: int) -> None:
+    """One seed for both generators that are used: Python's and torch's."""
     random.seed(seed)
     torch.manual_seed(seed)
 
 
 def pick_device(name: str) -> torch.device:
+    """The device of --device; auto is the fastest that is there."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -759,6 +768,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW without decay; `descend` sets the learning rate of each step."""
     parameters = model.parameters()
     return torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
