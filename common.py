@@ -843,6 +843,7 @@ class Run:
 
 
 def crc(path: str | Path) -> str:
+    """A file's checksum: by it an evaluation knows whether a model has changed."""
     return f"{zlib.crc32(read(path)):08x}"
 
 
@@ -995,6 +996,7 @@ def before_and_after(cfg, found: dict[str, list[dict]], device) -> None:
 
 
 def shown(answer: dict) -> str:
+    """An answer on one line."""
     end = "" if answer["finished"] else " … (unfinished)"
     return answer["completion"].replace("\n", "⏎") + end
 
@@ -1110,6 +1112,8 @@ def parse(config: type, doc: str):
 
 @dataclass
 class Report:
+    """python common.py report"""
+
     ref: str = arg("sft", "π_ref of the KL and the win rate, under --runs")
     data: str = arg(None, "held-out prompts from your own JSONL of {prompt}")
     reward_model: str = arg(None, "r, under --runs; or reward_model, if it is there")
@@ -1120,6 +1124,8 @@ class Report:
 
 @dataclass
 class Sample:
+    """python common.py sample RUN QUESTION"""
+
     run: str = arg(MISSING, "a policy under --runs")
     question: str = arg(MISSING, "what it is asked")
     n: int = arg(4, "answers", low=1)
