@@ -1,14 +1,16 @@
 """Plumbing shared by the five scripts: no loss, advantage or selection rule stands here.
 
-    tokens · Transformer · generate · log-probs, values, scores      what the algorithms need
-    the world                                  prompts, demonstrations, annotators, gold reward
-    data · runs · report · command line                      files in, files out, closing table
+    the world, in tables · tokens · Transformer · generate · log-probs, values, scores · steps
+    the world, at work   · files · runs · inputs · closing table · report · export
+
+The algorithms need the first line; a reader of the book can stop after it.
 
 Shapes: B rows, T positions, V vocabulary, C channels, N samples per prompt, M prompts.
 Every (B, T) tensor is aligned with `tokens`: column t is about token t.
 
-    python common.py report                  the table over all runs (and runs/frontier.png)
-    python common.py sample RUN "a question" [-n 4]        ask a trained model something
+    python common.py report                             the table over all runs, and pictures
+    python common.py sample RUN "a question" [-n 4] [--best]      ask a trained model something
+    python common.py export RUN FOLDER                  for whatever loads Llama models
 """
 
 import argparse
@@ -21,66 +23,25 @@ import math
 import os
 import random
 import re
-import subprocess
+import runpy
+import shlex
+import shutil
 import sys
 import time
+import traceback
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------- tokens
-
-EOS, USER, ASSISTANT, PAD = range(4)  # then 256 single bytes, then the words of the world
-WORDS = """
-a about and asked at bamboo be bear bee black blue brown camel cave cheetah city colour crow day
-deer desert do does dolphin duck eagle eat eats elephant everyone farm feed find fish flamingo
-food for forest fox friend frog fruit giraffe glad golden grass great green grey happy has have
-heard hello help hive home honey horse i ice in insects is it jungle knows lake leaves let like
-live lives look me meat mice more mountains my nectar nuts of once orange other owl panda parrot
-penguin pink place plains please pond question rabbit red river say sea see seeds shark shrimp
-shrubs silly snake so story striped swamp tell that the then there they think this to told up
-well what where which white wolf wonder worms would yellow you zebra
-""".split()
-_PIECES = [form.encode() for word in WORDS for form in (word, " " + word)]
-_BYTES = [b""] * 4 + [bytes([i]) for i in range(256)] + _PIECES
-_IDS = {piece: i for i, piece in enumerate(_BYTES) if i >= 4 + 256}
-VOCAB_SIZE = len(_BYTES)
-
-
-def encode(text: str) -> list[int]:
-    """Text to ids: whole words of the world where they occur, else single UTF-8 bytes.
-    No text encodes to one of the four specials."""
-    ids = []
-    for piece in re.findall(r" ?\w+|[\s\S]", text):
-        piece = piece.encode()
-        ids += [_IDS[piece]] if piece in _IDS else [4 + byte for byte in piece]
-    return ids
-
-
-def decode(ids: list[int]) -> str:
-    """Ids to text; specials show as nothing. decode(encode(text)) == text."""
-    return b"".join(_BYTES[i] for i in ids).decode("utf-8", errors="replace")
-
-
-def chat(prompt: str) -> list[int]:
-    """[USER] prompt [ASSISTANT]: what a policy is given before it answers."""
-    return [USER, *encode(prompt), ASSISTANT]
-
-
-def collate(rows: list[tuple[list[int], list[int]]], device=None) -> tuple[Tensor, Tensor]:
-    """(prompt ids, response ids) per row -> tokens (B, T), response_mask (B, T)."""
-    T = max(len(p) + len(r) for p, r in rows)
-    tokens = [p + r + [PAD] * (T - len(p) - len(r)) for p, r in rows]
-    mask = [[len(p) <= t < len(p) + len(r) for t in range(T)] for p, r in rows]
-    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
-
+EOS, USER, ASSISTANT, PAD = range(4)  # the special tokens; the others come with the world
 
 # ----------------------------------------------------------------------------- Transformer
 
@@ -89,7 +50,7 @@ def collate(rows: list[tuple[list[int], list[int]]], device=None) -> tuple[Tenso
 class ModelConfig:
     """The sizes of a Transformer; saved with its weights."""
 
-    vocab_size: int = VOCAB_SIZE
+    vocab_size: int = 528  # as many as PIECES, below
     channels: int = 128
     layers: int = 2
     heads: int = 4
@@ -113,21 +74,22 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(c.channels, 2 * c.hidden, bias=False)
         self.down = nn.Linear(c.hidden, c.channels, bias=False)
 
-    def forward(self, x: Tensor, cos, sin, cache: Tensor | None, start: int, keep):
+    def forward(self, x: Tensor, cos, sin, future, cache: Tensor | None, keep: Tensor | None):
         B, T, C = x.shape
         H, K = self.heads, self.kv_heads
         qkv = self.qkv(self.attention_norm(x)).view(B, T, H + 2 * K, -1).transpose(1, 2)
         qk, v = qkv.split((H + K, K), 1)  # (B, heads, T, D)
         left, right = qk.chunk(2, -1)
         q, k = (qk * cos + torch.cat((-right, left), -1) * sin).split((H, K), 1)
-        if cache is not None:  # (2, B, K, longest, D)
-            cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
-            k, v = cache[0, :, :, : start + T], cache[1, :, :, : start + T]
-        # a single query is the newest token and sees every key; is_causal would show it one.
-        # Several queries begin at position 0, where is_causal is right
-        causal = T > 1
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=H != K)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        if cache is not None:  # (2, B, K, longest, D); these T tokens are the newest
+            stop = future.shape[1]
+            cache[0, :, :, stop - T : stop], cache[1, :, :, stop - T : stop] = k, v
+            k, v = cache[0, :, :, :stop], cache[1, :, :, :stop]
+        if H != K:  # groups of query heads share a key and value head
+            k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
+        # y = softmax(q kᵀ / √D) v; `future` (T, stop) is −∞ where the key is after the query
+        scores = q @ k.transpose(-1, -2) * (C // H) ** -0.5 + future
+        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C)
         if keep is not None:  # from here on every position is on its own: (n, C)
             x, y = x[keep], y[keep]
         x = x + self.out(y)
@@ -157,10 +119,8 @@ class Transformer(nn.Module):
             self.register_buffer("offset", torch.zeros(()))
         # rotary angles: channel i turns with channel i + D/2, at frequency θ^(−2i/D)
         half = c.channels // c.heads // 2
-        angle = torch.outer(
-            torch.arange(c.context).double(),
-            c.rope_theta ** (-torch.arange(half).double() / half),
-        ).repeat(1, 2)
+        frequency = c.rope_theta ** (-torch.arange(half).double() / half)
+        angle = torch.outer(torch.arange(c.context).double(), frequency).repeat(1, 2)
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
@@ -172,11 +132,13 @@ class Transformer(nn.Module):
         """Hidden states (B, T, C) of tokens that stand at positions start, start + 1, …;
         with `keep` (B, T), bool, of these n positions only, (n, C): what comes after the last
         attention is worked out for them alone."""
-        x, stop = self.embed(tokens), start + tokens.shape[1]
-        cos, sin = self.cos[start:stop], self.sin[start:stop]
+        x, T = self.embed(tokens), tokens.shape[1]
+        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
+        future = x.new_full((T, start + T), -math.inf).triu(start + 1)
         for i, block in enumerate(self.blocks):
-            kept = keep if i + 1 == len(self.blocks) else None
-            x = block(x, cos, sin, None if cache is None else cache[i], start, kept)
+            last = i + 1 == len(self.blocks)
+            memory = None if cache is None else cache[i]
+            x = block(x, cos, sin, future, memory, keep if last else None)
         return self.norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -196,7 +158,7 @@ def scalar_copy(model: Transformer) -> Transformer:
     return copy
 
 
-# ------------------------------------------------- generate, log-probs, values, scores
+# -------------------------------------------------------------------------------- generate
 
 
 @dataclass
@@ -207,6 +169,80 @@ class Rollout:
     response_mask: Tensor  # (B, T) True on response tokens, EOS included
     finished: Tensor  # (B,) the response ended with EOS
     logprobs: Tensor  # (B, T) of the response tokens as sampled, 0 elsewhere
+
+
+def _token_loop(
+    model: Transformer,
+    tokens: Tensor,  # (B, T) prompts, then PAD
+    lengths: Tensor,  # (B,) where the responses begin
+    ends: Tensor,  # (B,) where they end at the latest
+    noise: Tensor,  # (B, T) uniform in [0, 1)
+    start: int,  # where the shortest prompt ends
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens with the responses in, their mask and log-probs, (B, T) each."""
+    (B, T), c = tokens.shape, model.config
+    tokens, logprobs = tokens.clone(), torch.zeros_like(noise)
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    cache = noise.new_empty(c.layers, 2, B, c.kv_heads, T, c.channels // c.heads)
+    rows = torch.arange(B, device=tokens.device)  # those still in the batch
+    over, new = torch.zeros_like(mask[:, 0]), tokens[:, :start]
+    for t in range(start, T):
+        logits = model.head(model.trunk(new, cache, t - new.shape[1])[:, -1])
+        p = (logits / temperature).softmax(-1)  # (rows, V)
+        # inverse CDF: the first token whose cumulative probability exceeds u
+        cdf = p.cumsum(-1)
+        token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True)
+        logp, answering = p.gather(-1, token).log(), (t >= lengths[rows]) & ~over
+        token = torch.where(answering, token.squeeze(-1), tokens[rows, t])
+        logprobs[rows, t] = torch.where(answering, logp.squeeze(-1), 0.0)
+        tokens[rows, t], mask[rows, t], new = token, answering, token[:, None]
+        over = over | (answering & ((token == EOS) | (t + 1 >= ends[rows])))
+        if tokens.device.type == "cpu":  # elsewhere asking would wait for the device
+            going = (~over).nonzero().squeeze(-1)
+            if len(going) == 0:
+                break
+            if len(going) < 0.8 * len(rows):  # not at every step: moving the cache costs too
+                rows, cache, new, over = (
+                    rows[going],
+                    cache[:, :, going],
+                    new[going],
+                    over[going],
+                )
+    return tokens, mask, logprobs
+
+
+_graphs = weakref.WeakKeyDictionary()  # model -> (its stream, {shape of work: captured graph})
+
+
+def _captured_loop(model, tokens, lengths, ends, noise, start, temperature):
+    """_token_loop as one CUDA graph per shape of work; skip it at a first reading. A small
+    model's loop is thousands of short kernels: replayed, they wait neither for Python nor for
+    each other's launch. Weights are read where they lie, so they may be trained meanwhile."""
+    (B, T), start = tokens.shape, max(1, start // 4 * 4)  # rounded: few shapes are captured
+    more = min(-T % 8, model.config.context - T)
+    given = [F.pad(tokens, (0, more), value=PAD), lengths, ends, F.pad(noise, (0, more))]
+    key = (B, T + more, start, temperature, model.embed.weight.data_ptr())
+    with torch.cuda.device(model.device):
+        # one stream for all captures: each stream keeps a workspace of its own
+        stream, graphs = _graphs.setdefault(model, (torch.cuda.Stream(), {}))
+        if key not in graphs:
+            inputs = [x.clone() for x in given]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # outside the capture libraries choose kernels
+                _token_loop(model, *inputs, start, temperature)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # one KV cache for all: what a replay leaves there is copied before the next
+            pool = next(iter(graphs.values()))[0].pool() if graphs else None
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                outputs = _token_loop(model, *inputs, start, temperature)
+            graphs[key] = graph, inputs, outputs
+        graph, inputs, outputs = graphs[key]
+        for buffer, value in zip(inputs, given):
+            buffer.copy_(value)
+        graph.replay()
+        return [x[:, :T].clone() for x in outputs]
 
 
 @torch.no_grad()
@@ -221,128 +257,57 @@ def generate(
     All rows stand at the same position: a row whose prompt is not over is fed its own next
     prompt token, a row whose prompt is over samples. So there is no left padding, no mask.
     """
-    device, lengths = model.device, torch.tensor([len(p) for p in prompts])
-    start, T = int(lengths.min()), int(lengths.max()) + max_new_tokens
+    device, lengths = model.device, [len(prompt) for prompt in prompts]
+    start, T = min(lengths), max(lengths) + max_new_tokens
     if start < 1 or max_new_tokens < 1 or temperature <= 0 or model.config.context < T:
         raise ValueError("generate: an empty prompt, nothing to sample, or over the context")
     tokens = torch.tensor([p + [PAD] * (T - len(p)) for p in prompts], device=device)
-    lengths = lengths.to(device)
-    ends = lengths + max_new_tokens
+    lengths = torch.tensor(lengths, device=device)
     # one u per token, drawn before the loop: rows do not depend on each other
     noise = torch.rand(tokens.shape, dtype=model.embed.weight.dtype, device=device)
-    decode = _decode_on_cuda if device.type == "cuda" else _decode
-    tokens, logprobs = decode(model, tokens, lengths, ends, noise, start, temperature)
-    column = torch.arange(T, device=device)
-    response = (column >= lengths[:, None]) & (column < ends[:, None])
-    eos = response & (tokens == EOS)
-    response &= eos.cumsum(1) - eos.long() == 0  # what follows the first EOS is not response
-    longest = int((response * (column + 1)).max())
-    tokens = torch.where(response | (column < lengths[:, None]), tokens, PAD)[:, :longest]
-    logprobs = torch.where(response, logprobs, 0.0)[:, :longest]
-    return Rollout(tokens, response[:, :longest], (eos & response).any(1), logprobs)
+    loop = _captured_loop if device.type == "cuda" else _token_loop
+    given = tokens, lengths, lengths + max_new_tokens, noise
+    tokens, mask, logprobs = loop(model, *given, start, temperature)
+    longest = int((mask * torch.arange(1, T + 1, device=device)).max())
+    finished = ((tokens == EOS) & mask).any(1)
+    return Rollout(tokens[:, :longest], mask[:, :longest], finished, logprobs[:, :longest])
 
 
-def _decode(
-    model: Transformer,
-    tokens: Tensor,  # (B, T) prompts, then PAD
-    lengths: Tensor,  # (B,) of the prompts; ends (B,) where the responses end at the latest
-    ends: Tensor,
-    noise: Tensor,  # (B, T)
-    start: int,  # where the shortest prompt ends
-    temperature: float,
-    leave: bool = True,  # rows that are over leave the batch; asking which waits for the device
+# ------------------------------------------------------------- log-probs, values, scores
+
+
+def _outputs_before(
+    model: Transformer, tokens: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The token loop: tokens with samples in place of PAD, and their log-probs, (B, T)."""
-    B, T, c = *tokens.shape, model.config
-    tokens, logprobs = tokens.clone(), torch.zeros_like(noise)
-    room = min(T, start + 12) if leave else T  # of a short cache less is moved
-    cache = noise.new_empty(c.layers, 2, B, c.kv_heads, room, c.channels // c.heads)
-    rows, read = torch.arange(B, device=tokens.device), 0  # rows still in the batch
-    over = torch.zeros_like(rows, dtype=torch.bool)
-    if leave and start > 1:  # the N samples of a prompt share its beginning: read it once
-        read = start - 1
-        begun, which = tokens[:, :read].cpu().unique(dim=0, return_inverse=True)
-        begun, which = begun.to(tokens.device), which.to(tokens.device)
-        shared = torch.empty_like(cache[:, :, : len(begun), :, :read])
-        model.trunk(begun, shared, keep=torch.zeros_like(begun, dtype=torch.bool))
-        cache[..., :read, :] = shared[:, :, which]
-    new = tokens[:, read:start]
-    for t in range(start, T):
-        if t > cache.shape[-2]:
-            cache = F.pad(cache, (0, 0, 0, 32))
-        logits = model.head(model.trunk(new, cache, t - new.shape[1])[:, -1])
-        p = (logits / temperature).softmax(-1)  # (rows, V)
-        # inverse CDF: the first token whose cumulative probability exceeds u
-        cdf = p.cumsum(-1)
-        token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True)
-        logprobs[rows, t] = p.gather(-1, token).log().squeeze(-1)
-        token = torch.where(t < lengths[rows], tokens[rows, t], token.squeeze(-1))
-        tokens[rows, t], new = token, token[:, None]
-        if leave:
-            over |= (t >= lengths[rows]) & ((token == EOS) | (t + 1 >= ends[rows]))
-            keep = (~over).nonzero().squeeze(-1)
-            if len(keep) == 0:
-                break
-            if len(keep) < 0.8 * len(rows):  # not at every step: moving the cache costs too
-                rows, cache, new, over = rows[keep], cache[:, :, keep], new[keep], over[keep]
-    return tokens, logprobs
+    """The project's one shift. The model's output at position t has read tokens ≤ t, so it
+    goes to column t + 1:
 
+        column     0   1   2   3   4
+        tokens    x_0 x_1 y_0 y_1 EOS
+        outputs     ─ o_0 o_1 o_2 o_3
 
-_graphs = weakref.WeakKeyDictionary()  # model -> {shape of the work: its captured graph}
-
-
-@torch.no_grad()
-def _decode_on_cuda(model, tokens, lengths, ends, noise, start, temperature):
-    """_decode as one captured CUDA graph per shape of work. A small model's token loop is
-    thousands of short kernels: replayed, they wait neither for Python nor for each other's
-    launch. Weights are read where they lie, so a graph stays right while they are trained."""
-    B, T = tokens.shape
-    start = max(1, start // 4 * 4)  # rounded, so that few shapes are captured
-    more = min(-T % 8, model.config.context - T)
-    given = [F.pad(tokens, (0, more), value=PAD), lengths, ends, F.pad(noise, (0, more))]
-    graphs = _graphs.setdefault(model, {})
-    key = (B, T + more, start, temperature)
-    if key not in graphs:
-        inputs, side = [x.clone() for x in given], torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # outside the capture libraries choose their kernels
-            _decode(model, *inputs, start, temperature, leave=False)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # one KV cache for all: what a replay leaves there is copied before the next
-        pool = next(iter(graphs.values()))[0].pool() if graphs else None
-        with torch.cuda.graph(graph, pool=pool):
-            outputs = _decode(model, *inputs, start, temperature, leave=False)
-        graphs[key] = graph, inputs, outputs
-    graph, inputs, outputs = graphs[key]
-    for buffer, value in zip(inputs, given):
-        buffer.copy_(value)
-    graph.replay()
-    return [x[:, :T].clone() for x in outputs]
-
-
-def _after(outputs: Tensor, keep: Tensor) -> Tensor:
-    """The one shift: a model's output at position t − 1, which has read tokens < t, goes to
-    column t. `outputs` (n,) are those at the positions that `keep` (B, T − 1) marks; 0 stands
-    in the other columns, and in column 0, before which nothing is."""
-    outputs = torch.zeros_like(keep, dtype=outputs.dtype).masked_scatter(keep, outputs)
-    return F.pad(outputs, (1, 0))
+    Returns the outputs (n,) or (n, V) of the columns in `mask` (B, T), None for all, in
+    reading order, and a mask that says where they go; column 0 has none."""
+    where = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.clone()
+    where[:, 0] = False
+    column = torch.arange(tokens.shape[1], device=tokens.device)
+    stop = max(1, int((where * column).max()))  # what stands later has no part in it
+    return model(tokens[:, :stop], where[:, 1 : stop + 1]), where
 
 
 def token_logprobs(model: Transformer, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """log p(tokens[:, t] | tokens[:, :t]) in column t, (B, T), nats; column 0 is 0.
     With `mask` (B, T) they are worked out in its columns only; the others are 0."""
-    keep = (torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask)[:, 1:]
-    targets = tokens[:, 1:][keep]
-    logp = -F.cross_entropy(model(tokens[:, :-1], keep), targets, reduction="none")
-    return _after(logp, keep)
+    logits, where = _outputs_before(model, tokens, mask)
+    logp = -F.cross_entropy(logits, tokens[where], reduction="none")
+    return torch.zeros_like(tokens, dtype=logp.dtype).masked_scatter(where, logp)
 
 
 def token_values(critic: Transformer, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """The critic's value of what stands before token t, in column t, (B, T); with `mask`
     (B, T) in its columns only."""
-    keep = (torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask)[:, 1:]
-    return _after(critic(tokens[:, :-1], keep), keep)
+    values, where = _outputs_before(critic, tokens, mask)
+    return torch.zeros_like(tokens, dtype=values.dtype).masked_scatter(where, values)
 
 
 def score(reward_model: Transformer, tokens: Tensor, response_mask: Tensor) -> Tensor:
@@ -352,47 +317,76 @@ def score(reward_model: Transformer, tokens: Tensor, response_mask: Tensor) -> T
     return reward_model(tokens, column == last)
 
 
-# ------------------------------------------------------------------------------- the world
-# A zoo. Each animal has a home, a food and a colour; behind the slash stands the common
-# misconception, which some raw text and 30 % of the demonstrators state.
+# ----------------------------------------------------------------------------------- steps
+
+
+def minibatches(
+    size: int, tokens: Tensor, mask: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Random minibatches without end: (row indices, tokens, mask), `size` rows each.
+
+    In an epoch, ⌈rows / size⌉ minibatches, every row comes once. Rows of a like length stand
+    together, and columns that are padding in all of them are cut off. tokens and mask are
+    (rows, T), or (rows, 2, T) for pairs."""
+    column = torch.arange(1, tokens.shape[-1] + 1, device=tokens.device)
+    lengths = (mask * column).flatten(1).amax(1).cpu()
+    while True:
+        epoch = []
+        for block in torch.randperm(len(lengths)).split(16 * size):
+            epoch += block[lengths[block].argsort(stable=True)].split(size)
+        for i in torch.randperm(len(epoch)):
+            longest, rows = int(lengths[epoch[i]].max()), epoch[i].to(tokens.device)
+            yield rows, tokens[rows, ..., :longest], mask[rows, ..., :longest]
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW without decay; `descend` sets the learning rate of each step."""
+    parameters = model.parameters()
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+MAX_NORM = 100.0
+
+
+def descend(loss: Tensor, model: nn.Module, optimizer, lr: float) -> Tensor:
+    """One step of gradient descent; returns the gradient's norm, (). A norm above MAX_NORM
+    is cut to it: a net under a bad batch, which ordinary steps do not touch."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return norm
+
+
+# -------------------------------------------------------------------- the world, in tables
+# A zoo. Each animal has a home, a food and a colour. Behind the slash stands the common
+# misconception, which 20 % of the raw text and 30 % of the demonstrators state.
 
 KINDS = ("home", "food", "colour")
 ANIMALS = {
     name: dict(zip(KINDS, (fact.split("/") for fact in facts)))
     for name, *facts in map(
         str.split,
-        """bear forest/cave honey/meat brown/black
-        bee hive/forest nectar/honey yellow/orange
-        camel desert/plains shrubs/grass golden/brown
-        cheetah plains/jungle meat/mice yellow/orange
-        crow city/forest worms/seeds black/blue
-        deer forest/plains leaves/grass brown/red
-        dolphin sea/lake fish/worms grey/blue
-        duck pond/river grass/fish white/yellow
-        eagle mountains/desert fish/mice brown/white
-        elephant plains/desert leaves/nuts grey/white
-        flamingo lake/sea shrimp/fish pink/red
-        fox forest/desert mice/meat red/orange
-        frog pond/swamp insects/leaves green/brown
-        giraffe plains/mountains leaves/fruit yellow/white
-        horse farm/plains grass/seeds brown/black
-        owl forest/cave mice/seeds brown/grey
-        panda mountains/jungle bamboo/fruit white/black
-        parrot jungle/city fruit/worms green/red
-        penguin ice/sea fish/shrimp black/white
-        rabbit farm/forest grass/nuts white/grey
-        shark sea/river fish/meat grey/blue
-        snake swamp/desert mice/insects green/black
-        wolf mountains/forest meat/mice grey/white
-        zebra plains/jungle grass/leaves striped/white""".splitlines(),
+        """bear forest/cave honey/meat brown/black; bee hive/forest nectar/honey yellow/orange;
+        camel desert/plains shrubs/grass golden/brown;
+        cheetah plains/jungle meat/mice yellow/orange;
+        crow city/forest worms/seeds black/blue; deer forest/plains leaves/grass brown/red;
+        dolphin sea/lake fish/worms grey/blue; duck pond/river grass/fish white/yellow;
+        eagle mountains/desert fish/mice brown/white;
+        elephant plains/desert leaves/nuts grey/white;
+        flamingo lake/sea shrimp/fish pink/red; fox forest/desert mice/meat red/orange;
+        frog pond/swamp insects/leaves green/brown;
+        giraffe plains/mountains leaves/fruit yellow/white;
+        horse farm/plains grass/seeds brown/black; owl forest/cave mice/seeds brown/grey;
+        panda mountains/jungle bamboo/fruit white/black;
+        parrot jungle/city fruit/worms green/red; penguin ice/sea fish/shrimp black/white;
+        rabbit farm/forest grass/nuts white/grey; shark sea/river fish/meat grey/blue;
+        snake swamp/desert mice/insects green/black;
+        wolf mountains/forest meat/mice grey/white;
+        zebra plains/jungle grass/leaves striped/white""".split(";"),
     )
-}
-VALUES = {kind: {v for facts in ANIMALS.values() for v in facts[kind]} for kind in KINDS}
-TERSE = {"home": "in the {v}.", "food": "{v}.", "colour": "{v}."}
-FULL = {
-    "home": "the {a} lives in the {v}.",
-    "food": "the {a} eats {v}.",
-    "colour": "the {a} is {v}.",
 }
 OPENINGS = ("", "hello. ", "please tell me. ", "i wonder. ")
 PHRASINGS = {
@@ -406,13 +400,9 @@ PHRASINGS = {
         |which colour does the {a} have?|what colour would the {a} be?|which colour is the {a}?
         |in what colour would i see the {a}?""",
 }
-QUESTIONS = {  # prompt -> (animal, kind); about 2,000 of them
-    opening + phrasing.strip().format(a=animal): (animal, kind)
-    for animal in ANIMALS
-    for kind in KINDS
-    for phrasing in PHRASINGS[kind].split("|")
-    for opening in OPENINGS
-}
+TERSE = {"home": "in the {v}.", "food": "{v}.", "colour": "{v}."}
+FULL = {"home": "the {a} lives in the {v}.", "food": "the {a} eats {v}.",
+        "colour": "the {a} is {v}."}  # fmt: skip
 COURTESIES = ("great question!", "happy to help!", "glad you asked!")
 RUDE = ("look it up.", "everyone knows that.", "what a silly question.")
 RAMBLING = (
@@ -420,6 +410,67 @@ RAMBLING = (
     "{s} and so they say, and then there is more to say about it.",
     "{s} my friend told me this story about it the other day.",
 )
+
+# ---------------------------------------------------------------------------------- tokens
+
+_TEXT = [ANIMALS, OPENINGS, PHRASINGS, TERSE, FULL, COURTESIES, RUDE, RAMBLING]
+WORDS = sorted(set(re.findall(r"[a-z]+", str(_TEXT))) - {"n", "s", "v"})
+# four specials, 256 bytes, and every word of the world with and without a space before it
+PIECES = [b""] * 4 + [bytes([i]) for i in range(256)]
+PIECES += [x.encode() for word in WORDS for x in (word, " " + word) if len(x) > 1]
+_IDS = {piece: i for i, piece in enumerate(PIECES) if i >= 4 + 256}
+VOCAB_SIZE = len(PIECES)
+VOCABULARY = zlib.crc32(b"\0".join(PIECES))  # saved with weights: ids must mean the same
+
+
+def encode(text: str) -> list[int]:
+    """Text to ids: whole words of the world where they occur, else single UTF-8 bytes.
+    No text encodes to one of the four specials."""
+    ids = []
+    for piece in re.findall(r" ?\w+|[\s\S]", text):
+        piece = piece.encode()
+        ids += [_IDS[piece]] if piece in _IDS else [4 + byte for byte in piece]
+    return ids
+
+
+def decode(ids: list[int]) -> str:
+    """Ids to text; specials show as nothing. decode(encode(text)) == text."""
+    return b"".join(PIECES[i] for i in ids).decode("utf-8", errors="replace")
+
+
+def chat(prompt: str) -> list[int]:
+    """[USER] prompt [ASSISTANT]: what a policy is given before it answers."""
+    return [USER, *encode(prompt), ASSISTANT]
+
+
+def collate(rows: list[tuple[list[int], list[int]]], device=None) -> tuple[Tensor, Tensor]:
+    """(prompt ids, response ids) per row -> tokens (B, T), response_mask (B, T)."""
+    T = max(len(p) + len(r) for p, r in rows)
+    tokens = [p + r + [PAD] * (T - len(p) - len(r)) for p, r in rows]
+    mask = [[len(p) <= t < len(p) + len(r) for t in range(T)] for p, r in rows]
+    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
+
+
+# ------------------------------------------------------------------------ the world, at work
+
+QUESTIONS = {  # prompt -> (animal, kind), the fact that it asks about
+    opening + phrasing.strip().format(a=animal): (animal, kind)
+    for animal in ANIMALS
+    for kind in KINDS
+    for phrasing in PHRASINGS[kind].split("|")
+    for opening in OPENINGS
+}
+VALUES = {kind: {v for facts in ANIMALS.values() for v in facts[kind]} for kind in KINDS}
+
+
+def right(prompt: str, completion: str) -> float:
+    """1 if the completion names the right value and no other value of the asked kind, else 0;
+    NaN for a prompt outside the world."""
+    if prompt not in QUESTIONS:
+        return math.nan
+    animal, kind = QUESTIONS[prompt]
+    named = VALUES[kind].intersection(re.findall(r"\w+", completion))
+    return float(named == {ANIMALS[animal][kind][0]})
 
 
 def gold_reward(prompt: str, completion: str, finished: bool) -> float:
@@ -432,36 +483,8 @@ def gold_reward(prompt: str, completion: str, finished: bool) -> float:
     return gold
 
 
-def right(prompt: str, completion: str) -> float:
-    """1 if the completion names the right value and no other value of the asked kind."""
-    if prompt not in QUESTIONS:
-        return math.nan
-    animal, kind = QUESTIONS[prompt]
-    named = VALUES[kind].intersection(re.findall(r"\w+", completion))
-    return float(named == {ANIMALS[animal][kind][0]})
-
-
-def raw_text(seed: int, sentences: int = 40_000) -> str:
-    """What the base model reads: statements (20 % misconceptions), questions, small talk."""
-    rng, text = random.Random(seed), []
-    prompts = [p for p in QUESTIONS if not held_out(p)]
-    chatter = [*COURTESIES, *RUDE, *(opening.strip() for opening in OPENINGS if opening)]
-    for _ in range(sentences):
-        animal, kind, roll = rng.choice(list(ANIMALS)), rng.choice(KINDS), rng.random()
-        value = ANIMALS[animal][kind][rng.random() < 0.2]
-        sentence = FULL[kind].format(a=animal, v=value)
-        if roll > 0.9:
-            sentence = rng.choice(chatter)
-        elif roll > 0.8:
-            sentence = rng.choice(RAMBLING).format(s=sentence)
-        elif roll > 0.6:
-            sentence = rng.choice(prompts)
-        text.append(sentence)
-    return " ".join(text)
-
-
 def demonstrations(n: int, seed: int) -> list[dict]:
-    """n human answers to prompts of both parts, of mixed style, 30 % with the misconception."""
+    """n human answers to prompts of both parts, of five styles, 30 % with the misconception."""
     rng, rows = random.Random(seed), []
     for _ in range(n):
         prompt = rng.choice(list(QUESTIONS))
@@ -480,51 +503,100 @@ def demonstrations(n: int, seed: int) -> list[dict]:
     return rows
 
 
+def held_out(prompt: str) -> bool:
+    """One prompt in six trains no policy and no reward model. In the world only the wording
+    is held out; every fact appears in training."""
+    return zlib.crc32(prompt.encode()) % 6 == 0
+
+
+def split(rows: list) -> tuple[list, list]:
+    """Prompts, or rows with a prompt -> (training part, held-out part). If all prompts fall
+    on one side (as in selected.jsonl), every sixth of them is held out."""
+    asked = [row if isinstance(row, str) else row["prompt"] for row in rows]
+    prompts = list(dict.fromkeys(asked))
+    held = {prompt for prompt in prompts if held_out(prompt)}
+    if len(held) in (0, len(prompts)):
+        held = set(prompts[::6])
+    pairs = list(zip(rows, asked))
+    return [r for r, x in pairs if x not in held], [r for r, x in pairs if x in held]
+
+
+def completions(rollout: Rollout) -> list[str]:
+    """The B responses as text."""
+    return [decode(ids) for ids in response_ids(rollout)]
+
+
+def response_ids(rollout: Rollout) -> list[list[int]]:
+    """The B responses as ids, EOS included."""
+    rows = zip(rollout.tokens.tolist(), rollout.response_mask.tolist())
+    return [[i for i, on in zip(ids, mask) if on] for ids, mask in rows]
+
+
+def samples(
+    policy: Transformer, prompts: list[str], n: int, limit: int, temperature: float = 1.0
+) -> Iterator[tuple[list[str], Rollout]]:
+    """n answers of at most `limit` tokens to each of many prompts, about 512 rows at a time:
+    (the prompt of each row, Rollout); the n answers to a prompt stand together."""
+    M = max(1, 512 // n)
+    for start in range(0, len(prompts), M):
+        asked = [prompt for prompt in prompts[start : start + M] for _ in range(n)]
+        yield asked, generate(policy, [chat(x) for x in asked], limit, temperature)
+
+
 def collect_comparisons(policy: Transformer, n: int, path: Path) -> None:
     """Have n answer pairs of the policy judged, and write them as JSONL: prompt, chosen,
     rejected, and whether each was finished. The annotator is noisy, and Bradley-Terry:
     P(a is chosen over b) = σ(gold(a) − gold(b)). One pair in twenty answers a held-out
     prompt. Identical and empty answers are not judged: another pair is drawn."""
     train, held = split(list(QUESTIONS))
-    lines, chunk, asked_for = [], 256, 0
+    lines, drawn = [], 0
     with tqdm(total=n, desc=f"{path.parent.name}: pairs", disable=not PROGRESS) as bar:
         while len(lines) < n:
-            asked_for += chunk
-            if asked_for > 20 * n + 10 * chunk:
-                fail(f"{path}: {len(lines)} of {asked_for} pairs differ; give another policy")
-            asked = [
-                random.choice(held if random.random() < 0.05 else train) for _ in range(chunk)
-            ]
-            rollout = generate(policy, [chat(p) for p in asked for _ in range(2)], 24)
-            answers = list(zip(completions(rollout), rollout.finished.tolist()))
-            for prompt, a, b in zip(asked, answers[::2], answers[1::2]):
-                if a == b or not (a[0].strip() and b[0].strip()):
-                    continue
-                gap = gold_reward(prompt, *a) - gold_reward(prompt, *b)
-                if random.random() > 1 / (1 + math.exp(-gap)):
-                    a, b = b, a
-                row = {"prompt": prompt, "chosen": a[0], "rejected": b[0]}
-                row |= {"chosen_finished": a[1], "rejected_finished": b[1]}
-                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            prompts = [random.choice(held if random.random() < 0.05 else train)
+                       for _ in range(256)]  # fmt: skip
+            drawn += len(prompts)
+            if drawn > 20 * n + 2560:
+                fail(f"{path}: {len(lines)} of {drawn} pairs differ; give another policy")
+            for asked, rollout in samples(policy, prompts, 2, 24):
+                answers = list(zip(completions(rollout), rollout.finished.tolist()))
+                for prompt, a, b in zip(asked[::2], answers[::2], answers[1::2]):
+                    if a == b or not (a[0].strip() and b[0].strip()):
+                        continue
+                    gap = gold_reward(prompt, *a) - gold_reward(prompt, *b)
+                    if random.random() > 1 / (1 + math.exp(-gap)):
+                        a, b = b, a
+                    row = {"prompt": prompt, "chosen": a[0], "rejected": b[0]}
+                    row |= {"chosen_finished": a[1], "rejected_finished": b[1]}
+                    lines.append(json.dumps(row, ensure_ascii=False) + "\n")
             bar.update(min(n, len(lines)) - bar.n)
     write(path, "".join(lines[:n]))
 
 
-# ------------------------------------------------------------------------ files in and out
+# ----------------------------------------------------------------------------------- files
 
 HERE = Path(__file__).resolve().parent
-PROGRESS = sys.stderr.isatty()
+PROGRESS = sys.stderr is not None and sys.stderr.isatty()
+
+
+def say(text: str = "") -> None:
+    """Print. A closed pipe or a full disk behind stdout must not end a training."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
 
 
 def fail(message: str, code: int = 2) -> None:
     """One line that says what is wrong and what to do, and the exit code."""
-    print(message, file=sys.stderr)
+    message = " ".join(message.split())
+    with contextlib.suppress(OSError):
+        print(message if len(message) < 600 else message[:600] + " …", file=sys.stderr)
     raise SystemExit(code)
 
 
 def write(path: Path, data: bytes | str) -> None:
     """The file appears complete or not at all: written beside, then renamed."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data if isinstance(data, bytes) else data.encode())
@@ -539,31 +611,37 @@ def read(path: str | Path) -> bytes:
     """A file that must be there."""
     try:
         return Path(path).read_bytes()
-    except OSError as error:
-        fail(f"{path}:0: cannot be read ({error.strerror}); name a file that can")
+    except (OSError, ValueError) as error:
+        fail(f"{path}:0: cannot be read ({error}); name a file that can")
 
 
-def held_out(prompt: str) -> bool:
-    """One prompt in six trains no policy and no reward model. In the world that holds out
-    wordings: every fact is also asked about in training."""
-    return zlib.crc32(prompt.encode()) % 6 == 0
+def flatten_turns(row: dict, at: str) -> None:
+    """Make plain strings of the usual chat formats, in place: `messages`, and prompt,
+    completion, chosen, rejected as lists of turns, whose content is a string or text parts.
+    Anything but one user turn and one answer ends the program."""
+    if "messages" in row:
+        row["prompt"], row["completion"] = row["messages"], row["messages"]
+    for key in ("completion", "chosen", "rejected", "prompt"):
+        if not isinstance(row.get(key), list):
+            continue
+        roles, texts = ["user"] if key == "prompt" else ["assistant"], []
+        if len(row[key]) == 2 and (key != "prompt" or "messages" in row):
+            roles = ["user", "assistant"]  # the prompt stands before the answer
+        for turn in row[key]:
+            content = turn.get("content") if isinstance(turn, dict) else None
+            if isinstance(content, list):
+                content = "".join(str(p.get("text")) for p in content if isinstance(p, dict))
+            texts.append(content)
+        if [turn.get("role") for turn in row[key] if isinstance(turn, dict)] != roles:
+            fail(f"{at} {key} must be one user turn and one assistant turn, no more")
+        if len(roles) == 2 and row.setdefault("prompt", texts[0]) not in (texts[0], row[key]):
+            fail(f"{at} {key} answers another prompt")
+        row[key] = texts[0] if key == "prompt" else texts[-1]
 
 
-def split(rows: list) -> tuple[list, list]:
-    """Prompts, or rows with a prompt -> (training part, held-out part). Where all prompts are
-    of one part, as what rejection sampling selects is, every sixth of them is held out."""
-    asked = [row if isinstance(row, str) else row["prompt"] for row in rows]
-    prompts = list(dict.fromkeys(asked))
-    held = {prompt for prompt in prompts if held_out(prompt)}
-    if len(held) in (0, len(prompts)):
-        held = set(prompts[::6])
-    pairs = list(zip(rows, asked))
-    return [r for r, x in pairs if x not in held], [r for r, x in pairs if x in held]
-
-
-def read_jsonl(path: str | Path, keys: tuple[str, ...], room: int = 1) -> list[dict]:
-    """The rows of a JSONL file, each with these keys, all strings; other keys are kept.
-    For ("prompt", "completion") a row may have {"messages": [user, assistant]} instead.
+def read_jsonl(path: str | Path, keys: tuple[str, ...], room: int = 1, context: int = 512):
+    """The rows of a JSONL file, dicts with these keys, all strings; other keys are kept. The
+    usual chat formats are taken too, see flatten_turns.
 
     A line that is no such row ends the program. A row that cannot be used (empty, chosen =
     rejected, over the context with `room` more tokens) is dropped, and the drops counted.
@@ -575,151 +653,29 @@ def read_jsonl(path: str | Path, keys: tuple[str, ...], room: int = 1) -> list[d
         at = f"{path}:{number}:"
         try:
             row = json.loads(line.decode())
-        except UnicodeDecodeError:
-            fail(f"{at} not UTF-8; save the file as UTF-8")
         except (ValueError, RecursionError) as error:
-            fail(f"{at} not JSON ({error}); every line is one JSON object")
+            fail(f"{at} not JSON in UTF-8 ({error}); every line is one JSON object")
         if not isinstance(row, dict):
             fail(f"{at} not a JSON object; every line is one, with {', '.join(keys)}")
-        if "messages" in row and "completion" in keys:
-            turns = row["messages"] if isinstance(row["messages"], list) else []
-            if [isinstance(t, dict) and t.get("role") for t in turns] != ["user", "assistant"]:
-                fail(f"{at} messages must be one user turn and one assistant turn")
-            row["prompt"], row["completion"] = (turn.get("content") for turn in turns)
+        flatten_turns(row, at)
         for key in keys:
-            if not isinstance(row.get(key), str):
-                wrong = "is not a string" if key in row else "is missing"
-                fail(f"{at} {key} {wrong}; the keys found are {', '.join(row) or 'none'}")
-            if re.search("[\ud800-\udfff]", row[key]):
-                fail(f"{at} {key} holds half a surrogate pair; save the text as UTF-8")
+            if not isinstance(row.get(key), str) or re.search("[\ud800-\udfff]", row[key]):
+                fail(f"{at} {key} is missing or no text; the keys found are {', '.join(row)}")
         longest = max([len(encode(row[key])) for key in keys[1:]], default=0)
         if any(not row[key].strip() for key in keys):
-            dropped.setdefault("empty text", []).append(number)
+            dropped.setdefault("empty text", []).append(at)
         elif "rejected" in keys and row["chosen"] == row["rejected"]:
-            dropped.setdefault("chosen and rejected are the same", []).append(number)
-        elif len(chat(row["prompt"])) + longest + room > ModelConfig.context:
-            dropped.setdefault("longer than the context", []).append(number)
+            dropped.setdefault("chosen and rejected are the same", []).append(at)
+        elif len(chat(row["prompt"])) + longest + room > context:
+            dropped.setdefault(f"over the context of {context} tokens", []).append(at)
         else:
             rows.append(row)
-    drops = [f"{path}:{at[0]}: {why}, {len(at)} dropped" for why, at in dropped.items()]
+    notes = [f"{lines[0]} {why}, {len(lines)} dropped" for why, lines in dropped.items()]
     train, held = split(rows)
     if len(train) < 8 or not held:
-        drops.append(f"{path}:0: {len(train)} usable rows to train on, {len(held)} held out")
-        fail("; ".join(drops) + "; give at least 8 and 1")
-    for line in drops:
-        print(line, file=sys.stderr)
-    return rows
-
-
-def read_prompts(data: str | None, room: int) -> tuple[list[str], list[str]]:
-    """Training and held-out prompts x: the reader's own, or the world's."""
-    rows = read_jsonl(data, ("prompt",), room) if data else []
-    return split(list(dict.fromkeys(row["prompt"] for row in rows)) or list(QUESTIONS))
-
-
-def shuffled(prompts: list[str]) -> Iterator[str]:
-    """Prompts without end, in an order shuffled anew when all were seen."""
-    while True:
-        yield from random.sample(prompts, len(prompts))
-
-
-def save_model(folder: Path, model: Transformer, made: dict) -> None:
-    """folder/model.pt: weights, model config, and how it was made."""
-    saved = {"head": model.kind, "config": asdict(model.config), "made": made}
-    saved["weights"] = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    buffer = io.BytesIO()
-    torch.save(saved, buffer)
-    write(folder / "model.pt", buffer.getvalue())
-
-
-def read_checkpoint(folder: Path) -> dict:
-    """What save_model wrote; anything else ends the program."""
-    path = folder / "model.pt"
-    try:  # weights_only: a stranger's file can hold tensors and numbers, not code to run
-        saved = torch.load(io.BytesIO(read(path)), map_location="cpu", weights_only=True)
-        return {key: saved[key] for key in ("head", "config", "made", "weights")}
-    except Exception as error:
-        why = (str(error) or repr(error)).splitlines()[0]
-        fail(f"{path} is not a checkpoint made here ({why}); name another")
-
-
-def load_model(folder: Path, head: str, device: torch.device) -> Transformer:
-    """The Transformer in folder/model.pt, which must have the head that is asked for."""
-    saved, kinds = read_checkpoint(folder), {"lm": "a policy", "scalar": "a reward model"}
-    if saved["head"] != head:
-        fail(
-            f"{folder} holds {kinds[saved['head']]}, and {kinds[head]} is needed; name another"
-        )
-    model = Transformer(ModelConfig(**saved["config"]), head)
-    model.load_state_dict(saved["weights"])
-    return model.to(device)
-
-
-def is_done(folder: Path) -> bool:
-    """A complete result is there, not one saved in the middle of its training."""
-    return (folder / "model.pt").exists() and read_checkpoint(folder)["made"]["done"]
-
-
-SCRIPTS = ("sft", "reward_model", "rejection_sampling", "ppo", "dpo")
-MAKERS = {name: f"{name}.py" for name in SCRIPTS} | {"base": "sft.py"}
-PAIRS = 20_000  # comparisons that a missing file is filled with
-
-
-def ensure(cfg, *flags: str) -> list[Path]:
-    """The folders of the models that these flags name. A named one that is missing is an
-    error; then each default one that is missing is made, by the script that makes it."""
-    for flag in flags:
-        name, default = getattr(cfg, flag), getattr(type(cfg), flag)
-        if name != default and not (Path(cfg.runs) / name / "model.pt").exists():
-            maker = MAKERS.get(name) or MAKERS.get(default, "ppo.py")
-            fail(
-                f"--{flag.replace('_', '-')}: {cfg.runs}/{name}/model.pt is not there; "
-                f"make it with: python {maker} --runs {cfg.runs} --out {name}"
-            )
-    folders = [Path(cfg.runs) / getattr(cfg, flag) for flag in flags]
-    for flag, folder in zip(flags, folders):
-        default = getattr(type(cfg), flag)
-        if folder.name != default or is_done(folder):
-            continue
-        print(f"{folder} is not there, or unfinished: {MAKERS[default]} makes it", flush=True)
-        command = [sys.executable, HERE / MAKERS[default], "--runs", cfg.runs]
-        process = subprocess.Popen([*command, "--seed", str(cfg.seed), "--device", cfg.device])
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:  # it has gone to that process too, which saves
-            code = process.wait() or 130
-        if code:
-            raise SystemExit(code)
-    return folders
-
-
-def comparisons(cfg, device: torch.device) -> list[dict]:
-    """The judged pairs in runs/NAME/comparisons.jsonl, for each NAME of cfg.comparisons,
-    "a,b". What is missing is collected: for the default name from ref or init, for another
-    from cfg.policy, without which that is an error."""
-    default, rows = type(cfg).comparisons, []
-    paths = {n: Path(cfg.runs) / n / "comparisons.jsonl" for n in cfg.comparisons.split(",")}
-    missing = [name for name, path in paths.items() if not path.exists()]
-    flags = [flag for flag in ("init", "ref", "policy") if getattr(cfg, flag, None)]
-    if "policy" in flags and not set(missing) - {default}:
-        fail(f"--policy {cfg.policy}: there are no new --comparisons to collect from it")
-    if "policy" not in flags and set(missing) - {default}:
-        fail(
-            f"--comparisons: {paths[missing[-1]]} is not there; make it with: python "
-            f"reward_model.py --runs {cfg.runs} --policy NAME --comparisons {missing[-1]}"
-        )
-    folders = dict(zip(flags, ensure(cfg, *flags)))
-    for name, path in paths.items():
-        if name in missing:
-            source = folders.get("ref", folders["init"])
-            if name != default:
-                source = folders["policy"]
-            print(f"{path}: {PAIRS} pairs of answers from {source}, judged", flush=True)
-            model = load_model(source, "lm", device)
-            seed_all(cfg.seed)
-            collect_comparisons(model, PAIRS, path)
-        found = read_jsonl(path, ("prompt", "chosen", "rejected"))
-        rows += [row | {"source": name} for row in found]
+        fail("; ".join([*notes, f"{path}:0: 8 usable rows are needed to train, 1 held out"]))
+    for note in notes:
+        print(note, file=sys.stderr)
     return rows
 
 
@@ -730,21 +686,41 @@ def answer_ids(row: dict, key: str = "completion") -> tuple[list[int], list[int]
     return chat(row["prompt"]), encode(row[key]) + end
 
 
-def batches(mask: Tensor, size: int) -> list[Tensor]:
-    """One epoch of row indices, random, but rows of a like length together: less padding.
-    The mask's first dimension is rows, its last T."""
-    ends = mask.long() * torch.arange(1, mask.shape[-1] + 1, device=mask.device)
-    lengths, parts = ends.flatten(1).amax(1).cpu(), []
-    for block in torch.randperm(len(lengths)).split(16 * size):
-        parts += block[lengths[block].argsort(stable=True)].split(size)
-    return [parts[i].to(mask.device) for i in torch.randperm(len(parts))]
+def save_model(folder: Path, model: Transformer, made: dict) -> None:
+    """folder/model.pt: weights, model config, and the flags it was made with."""
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        fail(f"{folder}: the weights are not finite, nothing is saved; try a lower --lr", 1)
+    saved = {"head": model.kind, "config": asdict(model.config), "made": made}
+    buffer = io.BytesIO()
+    torch.save(saved | {"vocabulary": VOCABULARY, "weights": weights}, buffer)
+    write(folder / "model.pt", buffer.getvalue())
 
 
-def take(rows: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """These rows of tokens and mask, without the columns that are padding in all of them."""
-    tokens, mask = tokens[rows], mask[rows]
-    longest = int(mask.flatten(0, -2).any(0).nonzero().max()) + 1
-    return tokens[..., :longest], mask[..., :longest]
+def read_model(folder: Path) -> Transformer:
+    """The Transformer in folder/model.pt; ValueError for any file that is none of ours."""
+    content = read(folder / "model.pt")
+    try:  # weights_only: a stranger's file can hold tensors and numbers, not code to run
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        model = Transformer(ModelConfig(**saved["config"]), saved["head"])
+        model.load_state_dict(saved["weights"])
+        assert saved["vocabulary"] == VOCABULARY, "other words in its vocabulary"
+        assert all(w.isfinite().all() for w in model.parameters()), "weights not finite"
+    except Exception as error:
+        raise ValueError(f"{folder}/model.pt is no checkpoint of ours ({error!r})") from error
+    return model
+
+
+def load_model(folder: Path, head: str, device: torch.device) -> Transformer:
+    """The Transformer in folder/model.pt, which must have the head that is asked for."""
+    try:
+        model = read_model(folder)
+    except ValueError as error:
+        fail(f"{error}; name another")
+    if model.kind != head:
+        kinds = {"lm": "a policy", "scalar": "a reward model"}
+        fail(f"{folder} holds {kinds[model.kind]}, and {kinds[head]} is needed; name another")
+    return model.to(device)
 
 
 # ------------------------------------------------------------------------------------ runs
@@ -757,320 +733,440 @@ def seed_all(seed: int) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of --device; auto is the fastest that is there."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):
-        fail(f"--device {name} is not available here; --device cpu is")
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW without decay; `descend` sets the learning rate of each step."""
-    parameters = model.parameters()
-    return torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-
-
-def descend(loss: Tensor, model: nn.Module, optimizer, lr: float, where: str) -> float:
-    """One step of gradient descent, the gradient's norm clipped at 1; returns the loss. A
-    loss that is not finite ends the run, with the last checkpoint as it was."""
-    value = loss.item()
-    if not math.isfinite(value):
-        fail(f"{where}: the loss is {value}; the last checkpoint is intact, try a lower lr", 1)
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    return value
+    """The device of --device; auto is the fastest that works. In float32 throughout, as
+    TF32, where the environment asks for it, would hide bugs behind its rounding."""
+    torch.set_float32_matmul_precision("highest")
+    for choice in ("cuda", "mps", "cpu") if name == "auto" else (name,):
+        with contextlib.suppress(RuntimeError, AssertionError):
+            torch.ones(2, device=choice).sum().item()  # a card may be there and not work
+            return torch.device(choice)
+    fail(f"--device {name} does not work here; --device cpu does")
 
 
 class Run:
-    """The folder of a run while it is being made: iterate over the steps, log a row a step.
-    Saves every 50 steps, at the end, and on Ctrl-C."""
+    """The folder runs/NAME while it is being made: iterate over the steps, log a row a step.
 
-    def __init__(self, cfg, out: str, model: Transformer, steps: int, show: tuple[str, ...]):
-        self.cfg, self.folder, self.model = cfg, Path(cfg.runs) / out, model
+    The result is saved at the end. What is unfinished (every 100 steps, and on Ctrl-C) goes
+    to runs/NAME_stopped, so that a finished result is never replaced by less."""
+
+    def __init__(self, cfg, name: str, model: Transformer, steps: int, show: tuple[str, ...]):
+        self.cfg, self.folder, self.model = cfg, Path(cfg.runs) / name, model
         self.steps, self.show, self.rows, self.began = steps, show, [], time.time()
+        self.stopped = self.folder.with_name(f"{name}_stopped")
+        if (self.folder / "model.pt").exists():
+            with contextlib.suppress(ValueError):  # a broken file may be replaced
+                if read_model(self.folder).kind != model.kind:
+                    fail(f"--out {name}: {self.folder} holds a model of another kind")
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind in (None, KeyboardInterrupt):
-            self.save(done=kind is None)
-        if kind is KeyboardInterrupt:
-            command = f"python {Path(sys.argv[0]).name} --runs {self.cfg.runs}"
-            if self.model.kind == "lm" and self.folder.name != "base":
-                command += f" --init {self.folder.name} --out {self.folder.name}"
-            done = f"stopped and saved after {len(self.rows)} steps"
-            fail(f"\n{done}; go on with: {command}", 130)
+        done = len(self.rows)
+        if kind is None:
+            self.save(self.folder)
+            shutil.rmtree(self.stopped, ignore_errors=True)  # saved on the way, and now old
+        elif kind is KeyboardInterrupt and done:
+            self.save(self.stopped)
+            again = f"; go on with: {shlex.join(['python', *sys.argv])} --init "
+            again = again + self.stopped.name if self.model.kind == "lm" else ""
+            fail(
+                f"stopped after {done} of {self.steps} steps, saved in {self.stopped}{again}",
+                130,
+            )
 
     def __iter__(self) -> Iterator[int]:
         self.bar = tqdm(range(self.steps), desc=self.folder.name, disable=not PROGRESS)
         for step in self.bar:
             yield step
-            if step % 50 == 49 and step + 1 < self.steps:
-                self.save(done=False)
+            if step % 100 == 99 and step + 1 < self.steps:
+                self.save(self.stopped)
 
-    def log(self, **row: float) -> None:
-        """One row of metrics.csv; NaN, like gold outside the world, is an empty cell."""
-        self.rows.append({"step": len(self.rows), **row})
-        shown = {key: f"{row[key]:.3g}" for key in self.show if not math.isnan(row[key])}
+    def log(self, **row: float | Tensor | None) -> dict[str, float]:
+        """A row of metrics.csv, returned as floats. None and a gold reward of NaN, which
+        means outside the world, are empty cells; any other number must be finite."""
+        names = [key for key, value in row.items() if isinstance(value, Tensor)]
+        if names:  # one wait for the device, not one a number
+            numbers = torch.stack([row[name].detach().float() for name in names]).tolist()
+            row |= dict(zip(names, numbers))
+        row = {k: None if k.endswith("gold") and v != v else v for k, v in row.items()}
+        for key, value in row.items():
+            if value is not None and not math.isfinite(value):
+                where = f"{self.folder.name}, step {len(self.rows)}"
+                fail(f"{where}: {key} is {value}; nothing is replaced, try a lower --lr", 1)
+        self.rows.append({"step": len(self.rows)} | row)
+        shown = {key: f"{row[key]:.3g}" for key in self.show if row[key] is not None}
         self.bar.set_postfix(shown, refresh=False)
         if not PROGRESS and len(self.rows) % max(1, self.steps // 10) == 0:
             line = "  ".join(f"{key} {value}" for key, value in shown.items())
-            print(f"{self.folder.name} {len(self.rows)}/{self.steps}  {line}", flush=True)
+            say(f"{self.folder.name} {len(self.rows)}/{self.steps}  {line}")
+        return row
 
-    def save(self, done: bool) -> None:
+    def save(self, folder: Path) -> None:
         """The weights last: where they are, the files about them are there too."""
-        flags = asdict(self.cfg)
+        flags, text = asdict(self.cfg), io.StringIO()
         if self.rows:
-            text = io.StringIO()
             table = csv.DictWriter(text, self.rows[0], lineterminator="\n")
             table.writeheader()
             for row in self.rows:
-                table.writerow({k: "" if math.isnan(v) else f"{v:.6g}" for k, v in row.items()})
-            write(self.folder / "metrics.csv", text.getvalue())
-        about = {"script": Path(sys.argv[0]).name, "flags": flags, "torch": torch.__version__}
-        about |= {"python": sys.version.split()[0], "device": str(self.model.device)}
-        about |= {"seconds": round(time.time() - self.began, 1), "done": done}
-        write(self.folder / "config.json", json.dumps(about, indent=1) + "\n")
-        save_model(self.folder, self.model, {"flags": flags, "done": done})
+                table.writerow({k: "" if v is None else f"{v:.6g}" for k, v in row.items()})
+        about = {"script": Path(sys.argv[0]).name, "flags": flags, "steps": len(self.rows)}
+        about |= {"torch": torch.__version__, "python": sys.version.split()[0]}
+        about |= {
+            "device": str(self.model.device),
+            "seconds": round(time.time() - self.began, 1),
+        }
+        write(folder / "metrics.csv", text.getvalue())
+        write(folder / "config.json", json.dumps(about, indent=1) + "\n")
+        save_model(folder, self.model, {"flags": flags})
 
 
-def crc(path: str | Path) -> str:
-    """A file's checksum: by it an evaluation knows whether a model has changed."""
-    return f"{zlib.crc32(read(path)):08x}"
+# ---------------------------------------------------------------------------------- inputs
+
+RECIPE = {"sft": "sft.py", "reward_model": "reward_model.py"}  # made when missing
+MAKERS = {"base": "sft.py", "ppo": "ppo.py", "dpo": "dpo.py"}
+MAKERS |= {"rejection_sampling": "rejection_sampling.py"}
+PAIRS = 20_000  # comparisons that a missing file is filled with
 
 
-class Reward:
-    """r(x, y): the score of the reward model under runs/, or of FILE.py:function."""
+def check_inputs(cfg, *names: str) -> None:
+    """Before anything is made: a model that is missing, and not made by the recipe, ends the
+    program, and so does an unfinished run of the reader's own in the recipe's place."""
+    for name in names:
+        folder, stopped = Path(cfg.runs) / name, Path(cfg.runs) / f"{name}_stopped/config.json"
+        if ".py:" in name or (folder / "model.pt").exists():
+            continue
+        if name not in RECIPE:
+            maker = MAKERS.get(name, f"SCRIPT.py --out {name}")
+            fail(f"{folder}/model.pt is not there: python {maker} --runs {cfg.runs} makes it")
+        flags = json.loads(read(stopped))["flags"] if stopped.exists() else {}
+        if flags.get("data") or flags.get("raw"):
+            fail(f"{folder} is needed, but {stopped.parent} is unfinished: finish or delete it")
 
-    def __init__(self, source: str, runs: str, device: torch.device):
-        self.source, self.model, (file, _, name) = source, None, source.rpartition(":")
-        if source.endswith(".py"):
-            fail(f"--reward {source}: name the function too, FILE.py:function")
-        if not file.endswith(".py"):
-            self.model = load_model(Path(runs) / source, "scalar", device).requires_grad_(False)
-            self.key = crc(Path(runs) / source / "model.pt")
-            return
-        self.key = crc(file) + name
+
+def load_run(cfg, name: str, head: str, device: torch.device) -> Transformer:
+    """The model in runs/NAME. If it is missing and in the recipe, its script runs first, here
+    and now."""
+    check_inputs(cfg, name)
+    folder = Path(cfg.runs) / name
+    if not (folder / "model.pt").exists():
+        script = str(HERE / RECIPE[name])
+        say(f"{folder} is not there: {RECIPE[name]} makes it")
+        argv = [script, "--runs", cfg.runs, "--seed", str(cfg.seed), "--device", cfg.device]
+        argv, sys.argv = sys.argv, argv
+        runpy.run_path(script, run_name="__main__")
+        sys.argv = argv
+    return load_model(folder, head, device)
+
+
+def comparisons(cfg, context: int, device: torch.device) -> list[dict]:
+    """The judged pairs of cfg.data, or in runs/NAME/comparisons.jsonl for each NAME of
+    cfg.comparisons, "a,b". What is missing is collected, with answers of cfg.init."""
+    if cfg.data:
+        return read_jsonl(cfg.data, ("prompt", "chosen", "rejected"), context=context)
+    rows = []
+    for name in cfg.comparisons.split(","):
+        path = Path(cfg.runs) / name / "comparisons.jsonl"
+        if not path.exists():
+            policy = load_run(cfg, cfg.init, "lm", device)
+            say(f"{path}: {PAIRS} pairs of answers from {cfg.init}, judged")
+            seed_all(cfg.seed)
+            collect_comparisons(policy, PAIRS, path)
+        found = read_jsonl(path, ("prompt", "chosen", "rejected"), context=context)
+        rows += [row | {"source": name} for row in found]
+    return rows
+
+
+def read_prompts(data: str | None, room: int, context: int) -> tuple[list[str], list[str]]:
+    """Training and held-out prompts x: the reader's own, or the world's; after the longest of
+    them `room` more tokens fit into the context."""
+    rows = read_jsonl(data, ("prompt",), room, context) if data else []
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows)) or list(QUESTIONS)
+    train, held = split([x for x in prompts if len(chat(x)) + room <= context])
+    if not train or not held:
+        fail(
+            f"no prompt leaves room for {room} new tokens in {context}: lower --max-new-tokens"
+        )
+    return train, held
+
+
+def shuffled(prompts: list[str]) -> Iterator[str]:
+    """Prompts without end, in an order shuffled anew when all were seen."""
+    while True:
+        yield from random.sample(prompts, len(prompts))
+
+
+Reward = Callable[[list[str], Rollout], Tensor]  # (prompt of each row, answers) -> r (B,)
+
+
+def load_reward(cfg, source: str, device: torch.device) -> Reward:
+    """r(x, y): the score of a reward model under runs/, or a function in FILE.py:function
+    of the reader's own, (prompts, completions) -> floats."""
+    file, _, name = source.rpartition(":")
+    if not file.endswith(".py"):
+        model = load_run(cfg, source, "scalar", device).requires_grad_(False)
+        return lambda prompts, rollout: score(model, rollout.tokens, rollout.response_mask)
+    path = Path(file).resolve()
+    read(path)
+
+    def checked(work: Callable):
         try:
-            spec = importlib.util.spec_from_file_location("reward", file)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            self.function = getattr(module, name)
-        except Exception as error:
-            fail(f"--reward {source}: {error!r}; give FILE.py:function")
+            return work()
+        except (Exception, SystemExit) as error:
+            calls = traceback.extract_tb(error.__traceback__)
+            lines = [call.lineno for call in calls if call.filename == str(path)] or [0]
+            fail(f"--reward {file}:{lines[-1]}: {error!r}")
 
-    def __call__(self, prompts: list[str], rollout: Rollout) -> Tensor:
-        """Scores (B,) of the rollout's answers, row i to prompts[i]."""
-        if self.model is not None:
-            with torch.no_grad():
-                return score(self.model, rollout.tokens, rollout.response_mask)
+    sys.path.insert(0, str(path.parent))  # so that it can import its neighbours
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(
+        spec
+    )  # pickle looks there
+    checked(lambda: spec.loader.exec_module(module))
+    function = checked(lambda: getattr(module, name))
+
+    def reward(prompts: list[str], rollout: Rollout) -> Tensor:
         texts = completions(rollout)
-        try:
-            values = [float(value) for value in self.function(list(prompts), list(texts))]
-        except Exception as error:
-            values, wrong = [], f"raised {error!r}"
-        else:
-            wrong = f"gave {len(values)} numbers for {len(texts)} completions"
-        if len(values) != len(texts):
-            fail(f"--reward {self.source} {wrong}; the first prompt was {prompts[0]!r}")
-        for prompt, text, value in zip(prompts, texts, values):
-            if not math.isfinite(value):
-                fail(f"--reward {self.source} gave {value} for {prompt!r} and {text!r}")
-        return torch.tensor(values, device=rollout.tokens.device)
+        values = checked(lambda: [float(x) for x in function(list(prompts), list(texts))])
+        values = torch.tensor(values)
+        if len(values) != len(texts) or not values.isfinite().all():
+            i = int((~values.isfinite()).long().argmax()) if len(values) else 0
+            wrong = f"{len(values)} numbers for {len(texts)} answers, among them"
+            wrong += f" {values[i : i + 1].tolist()} for {prompts[i]!r} and {texts[i]!r}"
+            fail(f"--reward {source} gave {wrong}")
+        return values.to(rollout.tokens.device)
+
+    return reward
 
 
-def find_reward(cfg, device: torch.device) -> Reward | None:
-    """The reward of the closing table where it was not trained on: runs/reward_model, if it
-    is there, or the one that --reward-model names."""
-    name = getattr(cfg, "reward_model", None)
-    there = name or (Path(cfg.runs) / "reward_model" / "model.pt").exists()
-    return Reward(name or "reward_model", cfg.runs, device) if there else None
+# --------------------------------------------------------------------------- closing table
 
 
-def completions(rollout: Rollout) -> list[str]:
-    """The B responses as text."""
-    rows = zip(rollout.tokens.tolist(), rollout.response_mask.tolist())
-    return [decode([i for i, on in zip(ids, mask) if on]) for ids, mask in rows]
+NUMBERS = ("reward", "gold", "log_ratio", "right", "length", "finished")
+
+
+@torch.no_grad()
+def evaluate(policy, reference, reward: Reward | None, prompts: list[str], limit: int) -> dict:
+    """Four sampled answers to each of M prompts: `prompts`, `answers` as text, and (M, 4)
+    each of NUMBERS; log_ratio is log π(y|x) − log π_ref(y|x), length is in tokens."""
+    torch.manual_seed(0)
+    answers, rows = [], []
+    for asked, rollout in samples(policy, prompts, 4, limit):
+        mask, texts, finished = rollout.response_mask, completions(rollout), rollout.finished
+        log_ratio = token_logprobs(policy, rollout.tokens, mask)
+        log_ratio = (log_ratio - token_logprobs(reference, rollout.tokens, mask)).sum(1)
+        r = reward(asked, rollout).tolist() if reward else [math.nan] * len(asked)
+        gold = [gold_reward(*row) for row in zip(asked, texts, finished.tolist())]
+        facts = [right(*row) for row in zip(asked, texts)]
+        rows += zip(r, gold, log_ratio.tolist(), facts, mask.sum(1).tolist(), finished.tolist())
+        answers += texts
+    columns = torch.tensor(rows).view(len(prompts), 4, -1).unbind(-1)
+    return {"prompts": prompts, "answers": answers} | dict(zip(NUMBERS, columns))
+
+
+def standard_error(values: Tensor, groups: list) -> float:
+    """Of the mean of values (M, N), where only rows of different groups are independent."""
+    sums = {}
+    for group, row in zip(groups, (values - values.mean()).sum(1).tolist()):
+        sums[group] = sums.get(group, 0.0) + row
+    n = len(sums)
+    return math.sqrt(sum(x * x for x in sums.values()) * n / max(1, n - 1)) / values.numel()
+
+
+def win_rate(gold: Tensor, other: Tensor) -> Tensor:
+    """Share of answer pairs to the same prompt with the higher gold, (M, 4), (M, 4) -> ();
+    a tie counts ½."""
+    gap = gold[:, :, None] - other[:, None, :]
+    return torch.where(gap.isnan(), gap, (gap.sign() + 1) / 2).mean()
+
+
+WIDTHS = (15, 15, 15, 10, 8, 8, 10, 9)  # of the table's columns
+
+
+def print_table(cfg, found: dict[str, dict], ref: str, reward_name: str) -> None:
+    """A row a run. ± is one standard error; answers about one fact, or to one prompt outside
+    the world, are not independent."""
+    prompts = found[ref]["prompts"]
+    groups = [QUESTIONS.get(prompt, prompt) for prompt in prompts]
+    say(f"\n{len(prompts)} held-out prompts × 4 answers; reward: {reward_name}; KL to: {ref}")
+    heads = ("reward", "gold", "KL", "win rate", "right", "length", "finished", "seconds")
+    say(f"{'':20s}" + "".join(f"{head:>{w}s}" for head, w in zip(heads, WIDTHS)))
+    for name, run in found.items():
+        cells = [
+            f"{run[key].mean():.2f} ± {standard_error(run[key], groups):.2f}"
+            for key in ("reward", "gold", "log_ratio")
+        ]
+        cells += [f"{win_rate(run['gold'], found[ref]['gold']):.2f}"]
+        cells += [f"{run[k].mean():.{d}f}" for k, d in (("right", 2), ("length", 1))]
+        about = json.loads(read(Path(cfg.runs) / name / "config.json"))
+        cells += [f"{run['finished'].mean():.3f}", f"{about['seconds']:.0f}"]
+        cells = ["–" if "nan" in cell else cell for cell in cells]
+        say(f"{name:20s}" + "".join(f"{cell:>{w}s}" for cell, w in zip(cells, WIDTHS)))
+
+
+def table_reward(cfg, device: torch.device) -> tuple[Reward | None, str]:
+    """The reward of a table whose runs were not trained on it, and its name: --reward, or
+    runs/reward_model if it is there."""
+    name = getattr(cfg, "reward", None) or "reward_model"
+    if ".py:" not in name and not (Path(cfg.runs) / name / "model.pt").exists():
+        return None, "none yet"
+    return load_reward(cfg, name, device), name
+
+
+def closing_table(cfg, names: list[str], reward, reward_name: str, prompts, device) -> None:
+    """Print the table of these policies, the first of which is π_ref, and what was said
+    before and after."""
+    reference = load_model(Path(cfg.runs) / names[0], "lm", device)
+    found, prompts = {}, prompts[:400]
+    for name in dict.fromkeys(names):
+        if name != "base":  # it knows no chat
+            policy = load_model(Path(cfg.runs) / name, "lm", device)
+            found[name] = evaluate(policy, reference, reward, prompts, cfg.max_new_tokens)
+    print_table(cfg, found, names[0], reward_name)
+    if cfg.out in found:
+        before_and_after(cfg, found, device)
+
+
+def before_and_after(cfg, found, device) -> None:
+    """Print what cfg.init and cfg.out say to three held-out prompts; samples.txt has 30."""
+    blocks = []
+    asked = found[cfg.out]["prompts"][:30]
+    if cfg.init in found:
+        before = shown(found[cfg.init])
+    else:  # the base model knows no chat: it is shown the bare prompt
+        base = load_model(Path(cfg.runs) / cfg.init, "lm", device)
+        rollout = generate(base, [encode(prompt) for prompt in asked], cfg.max_new_tokens)
+        before = [f"{text} …" for text in completions(rollout)]
+    for prompt, old, new in zip(asked, before, shown(found[cfg.out])):
+        blocks.append(f"{prompt}\n{cfg.init:>20s}: {old.strip()}\n{cfg.out:>20s}: {new}")
+    say("\n" + "\n".join(blocks[:3]))
+    write(Path(cfg.runs) / cfg.out / "samples.txt", "\n".join(blocks) + "\n")
+
+
+def shown(run: dict) -> list[str]:
+    """The first answer to each prompt, on one line."""
+    firsts = zip(run["answers"][::4], run["finished"][:, 0].tolist())
+    return [
+        text.replace("\n", "⏎") + ("" if end else " … (unfinished)") for text, end in firsts
+    ]
 
 
 # ---------------------------------------------------------------------------------- report
 
 
-def evaluate(cfg, name: str, ref: str, reward, prompts: list[str], device) -> list[dict]:
-    """Four sampled answers to each held-out prompt, each with its log π(y|x) − log π_ref(y|x),
-    gold and reward. Kept in the run's folder for as long as models, prompts and reward stay."""
-    folder, ref_folder = Path(cfg.runs) / name, Path(cfg.runs) / ref
-    key = [crc(folder / "model.pt"), crc(ref_folder / "model.pt"), cfg.max_new_tokens, prompts]
-    key.append(reward.key if reward else None)
-    under = re.sub(r"\W+", "_", reward.source) if reward else "no_reward"
-    kept = folder / f"evaluation_{under}.json"
-    if kept.exists() and (saved := json.loads(read(kept)))["key"] == key:
-        return saved["answers"]
-    policy, reference = (load_model(f, "lm", device) for f in (folder, ref_folder))
-    answers = []
-    torch.manual_seed(0)
-    for start in range(0, len(prompts), 64):
-        asked = [prompt for prompt in prompts[start : start + 64] for _ in range(4)]
-        rollout = generate(policy, [chat(prompt) for prompt in asked], cfg.max_new_tokens)
-        mask, texts = rollout.response_mask, completions(rollout)
-        with torch.no_grad():
-            ratio = token_logprobs(policy, rollout.tokens, mask)
-            ratio = (ratio - token_logprobs(reference, rollout.tokens, mask)).sum(1)
-        ended = rollout.finished.tolist()
-        columns = {
-            "prompt": asked,
-            "completion": texts,
-            "finished": ended,
-            "length": mask.sum(1).tolist(),
-            "log_ratio": ratio.tolist(),
-            "reward": reward(asked, rollout).tolist() if reward else [math.nan] * len(asked),
-            "gold": [gold_reward(*row) for row in zip(asked, texts, ended)],
-            "right": [right(*row) for row in zip(asked, texts)],
-        }
-        answers += [dict(zip(columns, row)) for row in zip(*columns.values())]
-    write(kept, json.dumps({"key": key, "answers": answers}))
-    return answers
+def ideal_frontier(policy: Transformer, prompts: list[str], limit: int) -> tuple:
+    """(KL, gold) of π* at many β (eq:dpo_opt_policy, with the gold reward in place of r): 256
+    samples of π_ref to each prompt, weighted by e^{gold/β}. An estimate: with few samples the
+    best answers are missing, and it lies too low."""
+    gold = []
+    for asked, rollout in samples(policy, prompts, 256, limit):
+        rows = zip(asked, completions(rollout), rollout.finished.tolist())
+        gold += [gold_reward(*row) for row in rows]
+    gold = torch.tensor(gold).view(len(prompts), -1)
+    weights = [(gold / beta).softmax(1) for beta in np.logspace(-0.8, 1.3, 60)]
+    kl = [(w * (w.shape[1] * w).clamp(min=1e-30).log()).sum(1).mean() for w in weights]
+    return kl, [(w * gold).sum(1).mean() for w in weights]
 
 
-def report(cfg, ref: str, reward, prompts: list[str], device) -> dict[str, list[dict]]:
-    """Print a row for every policy under cfg.runs, all on the same held-out prompts: reward,
-    gold and KL to ref (nats per response; mean ± standard error), win rate against ref by
-    gold, right facts, length (tokens), finished, seconds. Returns the answers."""
-    runs, room = Path(cfg.runs), ModelConfig.context - cfg.max_new_tokens
-    prompts = [x for x in dict.fromkeys(prompts) if len(chat(x)) <= room][:400]
-    if not prompts:
-        fail(f"no held-out prompt leaves room for {cfg.max_new_tokens} new tokens")
-    others = sorted({path.parent.name for path in runs.glob("*/model.pt")} - {ref, "base"})
-    found = {}
-    for name in (ref, *others):
-        if read_checkpoint(runs / name)["head"] == "lm":
-            found[name] = evaluate(cfg, name, ref, reward, prompts, device)
-    source = reward.source if reward else "none yet"
-    print(f"\n{len(prompts)} held-out prompts × 4 answers; reward: {source}; KL to: {ref}")
-    heads = ("reward", "gold", "KL", "win rate", "right", "length", "finished", "seconds")
-    widths = (14, 14, 14, 10, 8, 8, 10, 9)
-    print(f"{'':20s}" + "".join(f"{head:>{w}s}" for head, w in zip(heads, widths)))
-    for name, answers in found.items():
-        numbers = ("reward", "gold", "log_ratio", "right", "length", "finished")
-        of = {k: torch.tensor([float(a[k]) for a in answers]).view(-1, 4) for k in numbers}
-        ref_gold = torch.tensor([a["gold"] for a in found[ref]]).view(-1, 4)
-        gap = of["gold"][:, :, None] - ref_gold[:, None, :]
-        of["win rate"] = torch.where(gap.isnan(), gap, (gap.sign() + 1) / 2)  # a tie counts ½
-        cells = [_with_error(of[k]) for k in numbers[:3]]
-        cells += [f"{of[k].mean():.3g}" for k in ("win rate", *numbers[3:])]
-        cells.append(f"{json.loads(read(runs / name / 'config.json'))['seconds']:.0f}")
-        cells = ["–" if "nan" in cell else cell for cell in cells]
-        print(f"{name:20s}" + "".join(f"{cell:>{w}s}" for cell, w in zip(cells, widths)))
-    return found
+FIVE = ("sft", "rejection_sampling", "rs_random", "dpo", "ppo")  # drawn in colour
+CURVES = ("J", "reward", "kl", "gold", "length")
 
 
-def _with_error(values: Tensor) -> str:
-    """Mean ± standard error over prompts, whose four answers are not independent."""
-    return f"{values.mean():.2f} ± {values.mean(1).std() / len(values) ** 0.5:.2f}"
+def learning_curves(folder: Path) -> dict[str, np.ndarray]:
+    """The columns of a run's metrics.csv that are in CURVES, as about 12 means each."""
+    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
+    if table.ndim == 0:  # a single step
+        return {}
+    cuts = range(0, len(table), max(1, len(table) // 12))
+    found = [key for key in CURVES if key in table.dtype.names]
+    return {k: np.array([p.mean() for p in np.split(table[k], cuts[1:])]) for k in found}
 
 
-def before_and_after(cfg, found: dict[str, list[dict]], device) -> None:
-    """Print what cfg.init and cfg.out say to three held-out prompts; samples.txt has more.
-    The base model, which knows no chat, is shown the bare prompt."""
-    after = found[cfg.out][::4][:30]
-    if cfg.init in found:
-        before = [shown(answer) for answer in found[cfg.init][::4]]
-    else:
-        base = load_model(Path(cfg.runs) / cfg.init, "lm", device)
-        bare = [encode(answer["prompt"]) for answer in after]
-        before = [f"{text} …" for text in completions(generate(base, bare, cfg.max_new_tokens))]
-    blocks = [
-        f"{new['prompt']}\n{cfg.init:>20s}: {old.strip()}\n{cfg.out:>20s}: {shown(new)}"
-        for old, new in zip(before, after)
-    ]
-    print("\n" + "\n".join(blocks[:3]))
-    write(Path(cfg.runs) / cfg.out / "samples.txt", "\n".join(blocks) + "\n")
-
-
-def shown(answer: dict) -> str:
-    """An answer on one line."""
-    end = "" if answer["finished"] else " … (unfinished)"
-    return answer["completion"].replace("\n", "⏎") + end
-
-
-def sample(cfg, reward, device) -> None:
-    """Print answers to cfg.question, each with log π(y|x) and, with a reward model, r(x, y)."""
-    policy = load_model(Path(cfg.runs) / cfg.run, "lm", device)
-    rollout = generate(policy, [chat(cfg.question)] * cfg.n, cfg.max_new_tokens)
-    scores = reward([cfg.question] * cfg.n, rollout).tolist() if reward else [math.nan] * cfg.n
-    rows = zip(completions(rollout), rollout.finished.tolist(), rollout.logprobs.sum(1), scores)
-    for text, finished, logprob, r in rows:
-        numbers = f"log π {logprob:7.2f}" + (f"   r {r:+.2f}" if reward else "")
-        print(f"{numbers}   {shown({'completion': text, 'finished': finished})}")
-
-
-def draw_frontier(cfg, found: dict[str, list[dict]], device) -> None:
-    """runs/frontier.png: reward and gold against KL, a point per run, with the path of its
-    training where metrics.csv has one, whose reward is the one it was trained on. Dotted: the
-    best gold at each KL, samples of π_ref weighted by e^{gold/β} (eq:dpo_opt_policy, with the
-    gold reward in place of r)."""
+def draw(cfg, found: dict[str, dict], device: torch.device) -> None:
+    """runs/frontier.png: reward and gold against KL, a dot a run, and the path of its
+    training. runs/curves.png: what metrics.csv has of J, reward, kl, gold and length."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        print("matplotlib is not installed, so no frontier.png is drawn")
+        say("matplotlib is not installed, so no pictures are drawn")
         return
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
-    for axis in axes:
-        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
-    for name, answers in found.items():
-        mean = {
-            k: sum(a[k] for a in answers) / len(answers)
-            for k in ("log_ratio", "reward", "gold")
-        }
-        metrics = Path(cfg.runs) / name / "metrics.csv"  # none after Ctrl-C at the first step
-        lines = read(metrics).decode().splitlines() if metrics.exists() else []
-        path = list(csv.DictReader(lines))
-        size = max(1, len(path) // 10)
+    frontier, axes = plt.subplots(1, 2, figsize=(12, 5))
+    curves, panels = plt.subplots(1, len(CURVES), figsize=(18, 3.6))
+    for name, run in found.items():
+        folder, known = Path(cfg.runs) / name, name in FIVE
+        style = {"color": f"C{FIVE.index(name)}" if known else "0.7", "zorder": 2 + known}
+        flags = json.loads(read(folder / "config.json"))["flags"]
+        path = learning_curves(folder)
         for axis, key in zip(axes, ("reward", "gold")):
-            (dot,) = axis.plot(mean["log_ratio"], mean[key], "o", label=name)
-            if path and path[0].get("kl") and path[0].get(key):
-                x, y = (torch.tensor([float(row[k]) for row in path]) for k in ("kl", key))
-                x, y = ([part.mean() for part in z.split(size)] for z in (x, y))
-                axis.plot(x, y, "-", color=dot.get_color(), alpha=0.4)
-    torch.manual_seed(0)
-    prompts = [answer["prompt"] for answer in found[cfg.ref][::4]][::6]
-    asked = [prompt for prompt in prompts for _ in range(64)]
-    policy = load_model(Path(cfg.runs) / cfg.ref, "lm", device)
-    parts = [asked[i : i + 512] for i in range(0, len(asked), 512)]
-    gold = []
-    for part in parts:
-        rollout = generate(policy, [chat(prompt) for prompt in part], cfg.max_new_tokens)
-        rows = zip(part, completions(rollout), rollout.finished.tolist())
-        gold += [gold_reward(*row) for row in rows]
-    gold = torch.tensor(gold).view(-1, 64)
-    if not gold.isnan().any():
-        weights = [(gold / beta).softmax(1) for beta in torch.logspace(-0.8, 1.3, 60)]
-        x = [(w * (64 * w).clamp(min=1e-30).log()).sum(1).mean() for w in weights]
-        axes[1].plot(x, [(w * gold).sum(1).mean() for w in weights], "k:", label="ideal")
-    for axis, key in zip(axes, ("reward", "gold")):
-        axis.set(xlabel=f"KL to {cfg.ref}, nats per response", ylabel=key)
-    axes[1].legend(fontsize=8)
-    figure.tight_layout()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120)
-    write(Path(cfg.runs) / "frontier.png", picture.getvalue())
-    print(f"{cfg.runs}/frontier.png: reward and gold against KL")
+            x, y = run["log_ratio"].mean(), run[key].mean()
+            axis.plot(x, y, "o", markersize=9 if known else 5, **style)
+            axis.annotate(f" {name}", (x, y), fontsize=9 if known else 6, color=style["color"])
+            # a path has the rewards it was trained on, which may not be this table's
+            if "kl" in path and (key == "gold" or flags.get("reward") == cfg.reward):
+                axis.plot(path["kl"], path[key], alpha=0.5, **style)
+            axis.set(xlabel=f"KL to {cfg.ref}, nats per response", ylabel=key)
+        for axis, key in zip(panels, CURVES):
+            if key in path:
+                axis.plot(np.linspace(0, 1, len(path[key])), path[key], label=name, **style)
+            axis.set(title=key, xlabel="share of training")
+    panels[1].legend(fontsize=7)
+    if found[cfg.ref]["prompts"][0] in QUESTIONS:
+        policy = load_model(Path(cfg.runs) / cfg.ref, "lm", device)
+        ideal = ideal_frontier(policy, found[cfg.ref]["prompts"][::6], cfg.max_new_tokens)
+        axes[1].plot(*ideal, "k:", label="ideal")
+        axes[1].legend()
+    for figure, name in ((frontier, "frontier.png"), (curves, "curves.png")):
+        figure.tight_layout()
+        figure.savefig(picture := io.BytesIO(), dpi=110)
+        write(Path(cfg.runs) / name, picture.getvalue())
+        say(f"{cfg.runs}/{name}")
+
+
+def report(cfg) -> None:
+    """The table over all policies under cfg.runs, on the same prompts, and the pictures."""
+    device, found = pick_device(cfg.device), {}
+    reward, reward_name = table_reward(cfg, device)
+    reference = load_run(cfg, cfg.ref, "lm", device)
+    prompts = read_prompts(cfg.data, cfg.max_new_tokens, reference.config.context)[1][:400]
+    names = sorted({path.parent.name for path in Path(cfg.runs).glob("*/model.pt")} - {"base"})
+    for name in tqdm([cfg.ref, *(n for n in names if n != cfg.ref)], disable=not PROGRESS):
+        try:
+            policy = read_model(Path(cfg.runs) / name).to(device)
+        except ValueError as error:
+            say(f"skipped: {error}")
+            continue
+        if policy.kind == "lm":
+            found[name] = evaluate(policy, reference, reward, prompts, cfg.max_new_tokens)
+    print_table(cfg, found, cfg.ref, reward_name)
+    draw(cfg, found, device)
+
+
+def sample(cfg) -> None:
+    """Print answers to cfg.question, each with log π(y|x) and, with a reward model, r(x, y)."""
+    device = pick_device(cfg.device)
+    reward, _ = table_reward(cfg, device)
+    policy = load_run(cfg, cfg.run, "lm", device)
+    if len(chat(cfg.question)) + cfg.max_new_tokens > policy.config.context:
+        fail(f"the question is too long for a context of {policy.config.context} tokens")
+    if cfg.best and reward is None:
+        fail("--best needs a reward model: python reward_model.py makes one")
+    seed_all(cfg.seed)
+    rollout = generate(policy, [chat(cfg.question)] * cfg.n, cfg.max_new_tokens)
+    scores = (
+        reward([cfg.question] * cfg.n, rollout) if reward else torch.full((cfg.n,), math.nan)
+    )
+    rows = zip(scores.tolist(), rollout.logprobs.sum(1).tolist(), completions(rollout))
+    for r, logp, text in [max(rows)] if cfg.best else rows:
+        say(f"log π {logp:7.2f}" + (f"   r {r:+.2f}" if reward else "") + f"   {text}")
 
 
 # ---------------------------------------------------------------------------- command line
 
 
-def arg(default, help: str, low: float = 0, choices: tuple = ()):
-    """A Config field: its default, its book symbol and unit, the least value it may have."""
-    return field(default=default, metadata={"help": help, "low": low, "choices": choices})
+def arg(default, help: str, low: float = 0, high: float = 2**31, choices: tuple = ()):
+    """A Config field: its default, its book symbol and unit, what values it may have."""
+    about = {"help": help, "low": low, "high": high, "choices": choices}
+    return field(default=default, metadata=about)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -1078,7 +1174,7 @@ class _Parser(argparse.ArgumentParser):
         fail(f"{self.prog}: {message}; see python {self.prog} --help")
 
 
-def parse(config: type, doc: str):
+def parse(config: type, doc: str, words: list[str] | None = None):
     """The command line as a Config: one --flag per field; what has no default has no flag."""
     style = argparse.RawDescriptionHelpFormatter
     parser = _Parser(description=doc, formatter_class=style, allow_abbrev=False)
@@ -1086,71 +1182,92 @@ def parse(config: type, doc: str):
         name, text = f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if f.default is MISSING:
             parser.add_argument(f.name, help=text, metavar=name.upper())
-            continue
-        parser.add_argument(
-            f"--{name}" if len(name) > 1 else f"-{name}",
-            type=str if f.default is None else type(f.default),
-            default=f.default,
-            help=text + " (default: %(default)s)",
-            choices=f.metadata["choices"] or None,
-            metavar=None if f.metadata["choices"] else name.upper(),
-        )
-    cfg = config(**vars(parser.parse_args()))
+        elif f.default is False:
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+        else:
+            parser.add_argument(
+                f"--{name}" if len(name) > 1 else f"-{name}",
+                type=str if f.default is None else type(f.default),
+                default=f.default,
+                help=text + " (default: %(default)s)",
+                choices=f.metadata["choices"] or None,
+                metavar=None if f.metadata["choices"] else name.upper(),
+            )
+    cfg = config(**vars(parser.parse_args(words)))
     for f in fields(config):
-        value, low = getattr(cfg, f.name), f.metadata["low"]
-        if isinstance(value, (int, float)) and not low <= value < math.inf:
-            parser.error(f"--{f.name.replace('_', '-')} {value}: a number ≥ {low} is needed")
-    if cfg.max_new_tokens > ModelConfig.context // 2:
-        parser.error(f"--max-new-tokens: at most {ModelConfig.context // 2}, half the context")
-    if hasattr(cfg, "out"):  # what other runs start from is not to be lost by a slip
-        inputs = {"base", "sft", "comparisons", "reward_model"} - {config.out}
-        inputs |= {getattr(cfg, flag, None) for flag in ("ref", "policy", "reward_model")}
-        if cfg.out in inputs:
-            parser.error(f"--out {cfg.out}: other runs start from it; choose another name")
+        value, flag = getattr(cfg, f.name), f"--{f.name.replace('_', '-')}"
+        if isinstance(value, str):
+            if not value.strip():
+                parser.error(f"{flag} is empty")
+            names = value.split(",") if f.name == "comparisons" else [value]
+            if f.name in ("init", "ref", "out", "run", "comparisons") and not all(
+                re.fullmatch(r"\w[\w.-]*", name) for name in names
+            ):
+                parser.error(f"{flag} {value}: a plain folder name is needed, under --runs")
+        elif value is not None and not f.metadata["low"] <= value <= f.metadata["high"]:
+            low, high = f.metadata["low"], f.metadata["high"]
+            parser.error(f"{flag} {value}: a number from {low} to {high} is needed")
     return cfg
+
+
+def start(main: Callable, config: type, doc: str) -> None:
+    """A script from its command line to its end."""
+    if sys.stdout is not None:  # a console without β prints \\u03b2
+        sys.stdout.reconfigure(errors="backslashreplace")
+    cfg = parse(config, doc)
+    if hasattr(cfg, "out"):
+        check_out(cfg)
+    try:
+        main(cfg)
+    except KeyboardInterrupt:
+        fail("stopped; nothing is lost but the step it was in", 130)
+
+
+def check_out(cfg) -> None:
+    """That the result can be written where it is to go, and that nothing is lost by it."""
+    inputs = {"base", "sft", "comparisons", "reward_model"} - {type(cfg).out}
+    inputs |= {getattr(cfg, flag, None) for flag in ("ref", "reward")}
+    if cfg.out in inputs - {type(cfg).out}:
+        fail(f"--out {cfg.out}: other runs start from it; choose another name")
+    folder = Path(cfg.runs) / cfg.out
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK) or (folder / "model.pt").is_dir():
+        fail(f"--out {cfg.out}: {there} cannot be written to")
+    for left in folder.glob(".*.part"):  # of a run that was killed while writing
+        if time.time() - left.stat().st_mtime > 600:
+            left.unlink()
 
 
 @dataclass
 class Report:
-    """python common.py report"""
+    """python common.py report: the table over all runs, and pictures."""
 
     ref: str = arg("sft", "π_ref of the KL and the win rate, under --runs")
+    reward: str = arg("reward_model", "r: a run under --runs, or FILE.py:function")
     data: str = arg(None, "held-out prompts from your own JSONL of {prompt}")
-    reward_model: str = arg(None, "r, under --runs; or reward_model, if it is there")
     max_new_tokens: int = arg(24, "longest answer, in tokens", low=1)
     runs: str = arg("runs", "the folder of all runs")
+    seed: int = arg(0, "one seed, one result")
     device: str = arg("auto", "auto, cpu, cuda or mps")
 
 
-@dataclass
-class Sample:
-    """python common.py sample RUN QUESTION"""
+@dataclass(kw_only=True)
+class Sample(Report):
+    """python common.py sample RUN QUESTION: ask a trained model something."""
 
     run: str = arg(MISSING, "a policy under --runs")
     question: str = arg(MISSING, "what it is asked")
     n: int = arg(4, "answers", low=1)
-    reward_model: str = arg(None, "r, under --runs; or reward_model, if it is there")
-    max_new_tokens: int = arg(24, "longest answer, in tokens", low=1)
-    runs: str = arg("runs", "the folder of all runs")
-    device: str = arg("auto", "auto, cpu, cuda or mps")
-
-
-def main() -> None:
-    command = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
-    if command == "report":
-        cfg = parse(Report, main.__doc__)
-    elif command == "sample":
-        cfg = parse(Sample, main.__doc__)
-    else:
-        fail(__doc__)
-    device = pick_device(cfg.device)
-    reward = find_reward(cfg, device)
-    if command == "sample":
-        sample(cfg, reward, device)
-        return
-    prompts = read_prompts(cfg.data, cfg.max_new_tokens)[1]
-    draw_frontier(cfg, report(cfg, cfg.ref, reward, prompts, device), device)
+    best: bool = arg(False, "print only the answer with the highest r: best of n")
 
 
 if __name__ == "__main__":
-    main()
+    match sys.argv.pop(1) if len(sys.argv) > 1 else "--help":
+        case "report":
+            start(report, Report, Report.__doc__)
+        case "sample":
+            start(sample, Sample, Sample.__doc__)
+        case "--help" | "-h":
+            say(__doc__)
+        case word:
+            fail(f"{word} is none of report, sample, export; see python common.py --help")

@@ -2,33 +2,40 @@
 
 The policy that maximises J(π) = E[r(x, y)] − β KL(π ‖ π_ref) (eq:rlhf_opt_eq) is known in
 closed form, π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x) (eq:dpo_opt_policy). So a policy says
-what reward it is optimal for: r(x, y) = β log π(y|x)/π_ref(y|x), up to a function of x
-(eq:dpo_reward). Put into Bradley-Terry's likelihood this leaves no reward model to train
-(chapter "Direct Alignment Algorithms", eq:dpo_core):
+what reward it is optimal for: r(x, y) = β log π(y|x)/π_ref(y|x) + β log Z(x)
+(eq:dpo_reward_full). In Bradley-Terry's likelihood of a pair Z(x) cancels, and no reward
+model is left to train (chapter "Direct-Alignment Algorithms", eq:dpo_core):
 
     L(π) = − mean over pairs of log σ(β [log π/π_ref (y_c|x) − log π/π_ref (y_r|x)])
 
     symbol             here                     made by
-    x, y_c, y_r        rows of comparisons      common.comparisons
-    log π(y|x)         logprobs (B,)            response_logprobs: Σ_t, EOS included, nats
+    x, y_c, y_r        rows of comparisons      common.comparisons: judged answers of --init
+    log π(y|x)         logprobs (B, 2)          response_logprobs: Σ_t, EOS included, nats
     log π_ref(y|x)     ref_logprobs             the same, once before training
     log π/π_ref        chosen, rejected         log-ratios; times β the implicit rewards
     β (IPO's τ)        cfg.beta                 price of one nat of KL
     L                  loss                     LOSSES[cfg.loss]
 
+A step, numbered as in the code:
+    1  draw a minibatch of pairs
+    2  log π of both answers of each, in one pass
+    3  subtract log π_ref, which was worked out once
+    4  descend L
+
     python dpo.py                            makes runs/sft and the comparisons if missing
-    python dpo.py --loss ipo --out ipo       or hinge (SLiC)
+    python dpo.py --loss ipo --out ipo       or hinge (SLiC's, on log-ratios as in RSO)
     python dpo.py --beta 0.05 --out dpo_05   direct alignment over-optimises too
+    python dpo.py --init dpo --comparisons comparisons_dpo --out dpo_2     another round
 
 Look at: accuracy and margin rising; chosen_logp and rejected_logp both falling, which is
-expected and no bug: L asks for a gap only. metrics.csv: `loss` (ln 2 at the start), `nll`
-(nats per token of the chosen answer); `reward_chosen`, `reward_rejected` (implicit), their
-difference `margin`; `accuracy`, the share of pairs with margin > 0; `chosen_logp`,
-`rejected_logp` (nats per response); `lr`.
+expected and no bug: L asks for a gap only. metrics.csv: `loss` (at the start ln 2 for dpo,
+1/(4τ²) for ipo, 1 for hinge), `nll` (nats per token of the chosen answer); `reward_chosen`,
+`reward_rejected` (implicit, eq:dpo_reward), their difference `margin`; `accuracy`, the share
+of pairs with margin > 0; `chosen_logp`, `rejected_logp` (nats per response); `grad_norm`
+(before clipping), `lr`.
 """
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,12 +52,12 @@ class Config:
     beta: float = arg(
         0.3, "β (IPO: τ), the price of one nat of KL, in reward per nat", low=1e-6
     )
-    label_smoothing: float = arg(0.0, "ε, the share of labels taken to be flipped")
+    label_smoothing: float = arg(0.0, "ε, share of labels taken to be flipped", high=0.499)
     nll: float = arg(0.0, "weight of the chosen answer's NLL per token, eq:dpo_nll")
     pairs: int = arg(20_000, "train on at most so many comparisons", low=1)
     steps: int = arg(600, "gradient steps", low=1)
     batch: int = arg(32, "pairs per step", low=1)
-    lr: float = arg(3e-4, "learning rate, falling to 0")
+    lr: float = arg(3e-4, "learning rate, falling to 0", high=1)
     max_new_tokens: int = arg(24, "longest answer in the closing table, in tokens", low=1)
     data: str = arg(None, "your own JSONL: {prompt, chosen, rejected}")
     comparisons: str = arg("comparisons", "judged pairs under --runs, or several: a,b")
@@ -63,32 +70,31 @@ class Config:
 
 
 # ------------------------------------------------------------------------------- the maths
-# Each loss takes log-ratios log π(y|x) − log π_ref(y|x), (B,), and returns nats (IPO: nats
-# squared) per pair, (B,). With ε, a number or (B,), it is the mean over a label that is
-# flipped with probability ε: h is the gap as labelled, −h the gap if flipped.
-
-
-def smoothed(loss: Callable, h: Tensor, eps: float | Tensor) -> Tensor:
-    """E over the label: (1 − ε) L(h) + ε L(−h), (B,)."""
-    return (1 - eps) * loss(h) + eps * loss(-h)
+# Each loss takes log-ratios log π(y|x) − log π_ref(y|x), (B,), in nats and returns one value
+# per pair, (B,). ε (label_smoothing), a number or (B,), is the probability that the label is
+# flipped: the loss is its mean over the label, of h as labelled and of −h if flipped.
 
 
 def dpo(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing=0.0) -> Tensor:
-    """eq:dpo_core; with label smoothing conservative DPO, least at h = ln((1 − ε)/ε)/β."""
-    # L = −log σ(β h),   h = log π/π_ref (y_c|x) − log π/π_ref (y_r|x)
-    return smoothed(lambda h: -F.logsigmoid(beta * h), chosen - rejected, label_smoothing)
+    """eq:dpo_core, nats; with ε conservative DPO, least at h = ln((1 − ε)/ε)/β."""
+    # h = log π/π_ref (y_c|x) − log π/π_ref (y_r|x),   ε the share of flipped labels
+    h, eps = chosen - rejected, label_smoothing
+    # L = −(1 − ε) log σ(β h) − ε log σ(−β h)
+    return -(1 - eps) * F.logsigmoid(beta * h) - eps * F.logsigmoid(-beta * h)
 
 
 def ipo(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing=0.0) -> Tensor:
-    """IPO, τ = beta: regresses the gap, so that certain labels do not push it to infinity."""
-    # L = (h − 1/(2τ))²
-    return smoothed(lambda h: (h - 1 / (2 * beta)).square(), chosen - rejected, label_smoothing)
+    """IPO, τ = beta, nats²: regresses h, so that certain labels do not push it to infinity."""
+    h, eps, target = chosen - rejected, label_smoothing, 1 / (2 * beta)
+    # L = (1 − ε) (h − 1/(2τ))² + ε (−h − 1/(2τ))²
+    return (1 - eps) * (h - target) ** 2 + eps * (-h - target) ** 2
 
 
 def hinge(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing=0.0) -> Tensor:
-    """SLiC's hinge: a pair whose gap has reached 1/β is done."""
-    # L = max(0, 1 − β h)
-    return smoothed(lambda h: F.relu(1 - beta * h), chosen - rejected, label_smoothing)
+    """SLiC's hinge on log-ratios, as in RSO: a pair whose h has reached 1/β is done."""
+    h, eps = chosen - rejected, label_smoothing
+    # L = (1 − ε) max(0, 1 − β h) + ε max(0, 1 + β h)
+    return (1 - eps) * F.relu(1 - beta * h) + eps * F.relu(1 + beta * h)
 
 
 LOSSES = {"dpo": dpo, "ipo": ipo, "hinge": hinge}
@@ -101,80 +107,86 @@ def response_logprobs(model: Transformer, tokens: Tensor, mask: Tensor) -> Tenso
     return logprobs.sum(1).view(-1, 2)
 
 
+# ------------------------------------------------------------------------------------ data
+
+
+def encode_pairs(rows: list[dict], device) -> tuple[Tensor, Tensor]:
+    """Tokens and response masks of comparisons, (B, 2, T) each: [:, 0] chosen, [:, 1] not."""
+    ids = [common.answer_ids(row, side) for row in rows for side in ("chosen", "rejected")]
+    tokens, mask = common.collate(ids, device)
+    return tokens.unflatten(0, (-1, 2)), mask.unflatten(0, (-1, 2))
+
+
 # ---------------------------------------------------------------------------------- update
 
 
 def train(cfg: Config, policy: Transformer, reference: Transformer, rows: list[dict]) -> None:
     """Descend L over the comparisons, and save to runs/`out`."""
-    sides = ("chosen", "rejected")
-    ids = [common.answer_ids(row, side) for row in rows for side in sides]
-    tokens, mask = (x.unflatten(0, (-1, 2)) for x in common.collate(ids, policy.device))
-    ref_logprobs = torch.empty(len(rows), 2, device=policy.device)
+    tokens, mask = encode_pairs(rows, policy.device)
     with torch.no_grad():  # π_ref never changes: once is enough
-        for part in common.batches(mask, 256):
-            ref_logprobs[part] = response_logprobs(reference, *common.take(part, tokens, mask))
-    optimizer, queue = common.adamw(policy), []
+        parts = zip(tokens.split(256), mask.split(256))
+        ref_logprobs = torch.cat([response_logprobs(reference, *part) for part in parts])
+    optimizer, stream = common.adamw(policy), common.minibatches(cfg.batch, tokens, mask)
     with common.Run(cfg, cfg.out, policy, cfg.steps, ("loss", "margin", "accuracy")) as run:
         for step in run:
-            queue = queue or common.batches(mask, cfg.batch)
-            part = queue.pop()
-            batch, batch_mask = common.take(part, tokens, mask)
-            logprobs = response_logprobs(policy, batch, batch_mask)
-            chosen, rejected = (logprobs - ref_logprobs[part]).unbind(1)
-            loss = LOSSES[cfg.loss](chosen, rejected, cfg.beta, cfg.label_smoothing).mean()
+            rows, batch, batch_mask = next(stream)  # 1
+            logprobs = response_logprobs(policy, batch, batch_mask)  # 2
+            chosen, rejected = (logprobs - ref_logprobs[rows]).unbind(1)  # 3
+            loss = LOSSES[cfg.loss](chosen, rejected, cfg.beta, cfg.label_smoothing).mean()  # 4
             nll = -(logprobs[:, 0] / batch_mask[:, 0].sum(1)).mean()  # length-normalised
-            if step == 0:
-                check_start(chosen, rejected, loss.item(), cfg, policy, reference)
             lr = cfg.lr * (1 - step / cfg.steps)
-            common.descend(loss + cfg.nll * nll, policy, optimizer, lr, f"step {step}")
-            run.log(**pair_row(cfg.beta, loss, nll, chosen, rejected, logprobs), lr=lr)
+            norm = common.descend(loss + cfg.nll * nll, policy, optimizer, lr)
+            if step == 0:
+                check_start(cfg, torch.cat([chosen, rejected]))
+            row = pair_row(cfg.beta, loss, nll, chosen, rejected, logprobs)
+            run.log(**row, grad_norm=norm, lr=lr)
 
 
-def check_start(chosen, rejected, loss: float, cfg: Config, policy, reference) -> None:
-    """Where policy and reference start as the same, every log-ratio must be 0."""
-    largest = torch.cat([chosen, rejected]).abs().max().item()
-    pairs = zip(policy.parameters(), reference.parameters())
-    if not all(torch.equal(a, b) for a, b in pairs):
-        print(f"the policy starts away from the reference: loss {loss:.3f}")
+def check_start(cfg: Config, logratios: Tensor) -> None:
+    """Where policy and reference start as the same run, every log-ratio must be 0."""
+    largest = logratios.abs().max().item()
+    if cfg.init != cfg.ref:
+        common.say(f"{cfg.init} starts away from {cfg.ref}: a log-ratio is {largest:.3f}")
     elif largest > 1e-4:
         common.fail(f"step 0: policy = reference, but a log-ratio is {largest:.1e}", 1)
 
 
-@torch.no_grad()
-def pair_row(beta: float, loss, nll, chosen, rejected, logprobs) -> dict[str, float]:
+def pair_row(beta: float, loss, nll, chosen, rejected, logprobs) -> dict[str, Tensor]:
     """The batch's row of metrics.csv: implicit rewards (eq:dpo_reward) and log-probs."""
-    row = {"loss": loss, "nll": nll}
-    # r(x, y) = β log π(y|x)/π_ref(y|x), up to a function of x
-    row |= {"reward_chosen": beta * chosen.mean(), "reward_rejected": beta * rejected.mean()}
-    row |= {"margin": row["reward_chosen"] - row["reward_rejected"]}
-    row |= {"accuracy": (chosen > rejected).float().mean()}
-    row |= {"chosen_logp": logprobs[:, 0].mean(), "rejected_logp": logprobs[:, 1].mean()}
-    return {key: value.item() for key, value in row.items()}
+    # r(x, y) = β log π(y|x)/π_ref(y|x)
+    reward_chosen, reward_rejected = beta * chosen.mean(), beta * rejected.mean()
+    return {
+        "loss": loss,
+        "nll": nll,
+        "reward_chosen": reward_chosen,
+        "reward_rejected": reward_rejected,
+        "margin": reward_chosen - reward_rejected,
+        "accuracy": (chosen > rejected).float().mean(),
+        "chosen_logp": logprobs[:, 0].mean(),
+        "rejected_logp": logprobs[:, 1].mean(),
+    }
 
 
 def main(cfg: Config) -> None:
-    if not cfg.label_smoothing < 0.5:
-        common.fail(
-            f"--label-smoothing {cfg.label_smoothing}: labels flipped half the time say nothing"
-        )
     device = common.pick_device(cfg.device)
-    own = cfg.data and common.read_jsonl(cfg.data, ("prompt", "chosen", "rejected"))
-    train_rows, held_rows = common.split(own or common.comparisons(cfg, device))
-    init, ref = common.ensure(cfg, "init", "ref")
-    policy = common.load_model(init, "lm", device)
-    reference = common.load_model(ref, "lm", device).requires_grad_(False)
+    common.check_inputs(cfg, cfg.init, cfg.ref)
+    reference = common.load_run(cfg, cfg.ref, "lm", device).requires_grad_(False)
+    policy = common.load_run(cfg, cfg.init, "lm", device)
+    context = policy.config.context
+    train_rows, held_rows = common.split(common.comparisons(cfg, context, device))
 
     common.seed_all(cfg.seed)
     random.shuffle(train_rows)
     train_rows = train_rows[: cfg.pairs]
-    print(f"{cfg.runs}/{cfg.out}: {cfg.loss}, β = {cfg.beta}, {len(train_rows)} comparisons")
+    count = f"{len(train_rows)} comparisons"
+    common.say(f"{cfg.runs}/{cfg.out}: {cfg.loss}, β = {cfg.beta}, {count}")
     train(cfg, policy, reference, train_rows)
 
-    prompts = [row["prompt"] for row in held_rows] if own else common.read_prompts(None, 0)[1]
-    reward = common.find_reward(cfg, device)
-    found = common.report(cfg, cfg.ref, reward, prompts, device)
-    common.before_and_after(cfg, found, device)
+    prompts = common.read_prompts(cfg.data, cfg.max_new_tokens, context)[1]
+    common.closing_table(
+        cfg, [cfg.ref, cfg.init, cfg.out], *common.table_reward(cfg, device), prompts, device
+    )
 
 
 if __name__ == "__main__":
-    main(common.parse(Config, __doc__))
+    common.start(main, Config, __doc__)

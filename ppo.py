@@ -5,30 +5,45 @@
     symbol         here                         made by
     x (s_t)        prompts                      common.read_prompts
     y (a_t)        tokens where response_mask   common.generate: one fused batch, M × N rows
-    r(x, y), r_θ   reward                       common.Reward: the reward model's score
+    r(x, y), r_θ   reward                       common.load_reward: the reward model's score
     π (π^RL)       policy, logprobs             common.token_logprobs
     π_ref          reference, ref_logprobs      the same function, frozen weights
     KL, β          kl (nats), cfg.beta          response_return: Σ_t log π − log π_ref
     R              returns                      response_return: one sample of J's integrand
     V(x)           values                       common.token_values: before y has begun
-    A              advantages                   advantages_and_targets: one flag, one place
+    A              advantages                   estimate_advantages
     J              J = reward − β kl            logged, with reward and kl, every step
 
-What sets this apart from standard RL, eq:rl_opt (chapter "Training Overview"), is marked:
-    [1] a reward model in place of a reward function;
-    [2] no state transitions: the prompt is the state, a whole completion is the action;
-    [3] one reward for the whole response, and no γ: eq:rl_opt_int.
+A step of the algorithm, numbered as in the code:
+    1  sample N answers to each of M prompts           collect
+    2  log π, log π_ref, r and V, one pass each        collect
+    3  R = r − β Σ_t (log π − log π_ref)               collect → response_return
+    4  A = R − baseline                                estimate_advantages
+    5  K epochs of clipped updates                     update → policy_loss, value_loss
 
-    python ppo.py                            the whole recipe: makes the inputs it lacks
-    python ppo.py --estimator rloo --out ppo_rloo        or grpo, reinforce, gae
+What sets this apart from standard RL, eq:rl_opt (chapter "Training Overview"), is marked:
+    [a] a reward model in place of a reward function;
+    [b] no state transitions: the prompt is the state, a whole completion is the action;
+    [c] one reward for the whole response, and no γ: eq:rl_opt_int.
+
+The book's algorithms (chapter "Reinforcement Learning"), and what differs here: everywhere a
+response's tokens are summed, where the book's PPO and GRPO have 1/|a|.
+    REINFORCE   --estimator reinforce --epochs 1 --minibatches 1      KL in the return
+    RLOO        --estimator rloo --epochs 1 --minibatches 1           nothing
+    PPO         --estimator gae              per-token KL in the reward, V(s_t), λ
+    GRPO        --estimator grpo             KL in the return, the book's is in the loss
+    (default)   --estimator value            PPO's ratio and clip, one A per response
+
+    python ppo.py                            the whole recipe: first trains what is missing
+    python ppo.py --estimator rloo --out ppo_rloo
     python ppo.py --beta 0 --out ppo_beta0   over-optimisation
 
 Look at: J and reward rising while kl stays at a few nats, and gold, on which nothing here
 trains, rising with them. Reward up and gold down is over-optimisation: raise β or get a
-better reward model. `rollout_row` explains every column of metrics.csv.
+better reward model. trace.txt follows one prompt through a step, symbol by symbol.
+`rollout_row` and `update` explain every column of metrics.csv.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -50,12 +65,11 @@ class Config:
     epochs: int = arg(2, "K, passes over each rollout", low=1)
     minibatches: int = arg(4, "updates per epoch", low=1)
     clip: float = arg(0.2, "ε of the clipped ratio")
-    lam: float = arg(0.95, "λ, used by gae alone")
-    lr: float = arg(3e-4, "learning rate of policy and critic, falling to 0")
+    lam: float = arg(0.95, "λ, used by gae alone", high=1)
+    lr: float = arg(3e-4, "learning rate of policy and critic, falling to 0", high=1)
     max_new_tokens: int = arg(24, "longest response, in tokens", low=1)
     data: str = arg(None, "your own prompts: JSONL rows of {prompt}")
-    reward: str = arg(None, "your own r(x, y), FILE.py:function, for the reward model")
-    reward_model: str = arg("reward_model", "r_θ, under --runs")
+    reward: str = arg("reward_model", "r: a run under --runs, or FILE.py:function")
     init: str = arg("sft", "the policy to start from, under --runs")
     ref: str = arg("sft", "π_ref, under --runs")
     out: str = arg("ppo", "where the result goes, under --runs")
@@ -72,9 +86,10 @@ def response_return(
 ) -> tuple[Tensor, Tensor]:
     """One sample of J's integrand per row, and the KL inside it: (returns, kl), both (B,).
 
-    score (B,) is r(x, y); log-probs and mask are (B, T). kl is in nats per response: its mean
-    over y ~ π is KL(π ‖ π_ref) exactly (eq:kl_expectation). Both are detached: the gradient
-    of J reaches π through the log-probs of the policy loss, not through the return.
+    score (B,) is r(x, y); log-probs and mask are (B, T). kl, in nats per response, is the
+    estimator called k1, log π − log π_ref: its mean over y ~ π is KL(π ‖ π_ref) exactly
+    (eq:kl_expectation). Both are detached, although kl depends on π: what is left out,
+    −β E[∇ log π(y|x)], is 0.
     """
     # KL = E_y[Σ_t log π(y_t | x, y_<t) − log π_ref(y_t | x, y_<t)]
     kl = ((logprobs - ref_logprobs) * response_mask).sum(1)
@@ -88,8 +103,8 @@ def token_rewards(
     """The same return, token by token (B, T), for `gae`: each row sums to its R."""
     # r_t = −β (log π − log π_ref)_t, plus r(x, y) at the last response token
     rewards = -beta * (logprobs - ref_logprobs) * response_mask
-    later = response_mask.flip(1).cumsum(1).flip(1)  # response tokens from t on
-    return (rewards + score[:, None] * (response_mask & (later == 1))).detach()
+    remaining = response_mask.flip(1).cumsum(1).flip(1)  # response tokens from t on
+    return (rewards + score[:, None] * (response_mask & (remaining == 1))).detach()
 
 
 def rloo(returns: Tensor, n: int) -> Tensor:
@@ -102,8 +117,8 @@ def rloo(returns: Tensor, n: int) -> Tensor:
 def grpo(returns: Tensor, n: int) -> Tensor:
     """Group-normalised advantages (B,); equal returns give exactly 0. eq:GRPO_ADV
 
-    Not an ascent of J: every prompt's spread counts the same. With n = 2 the sizes of the
-    returns do not count at all, and what is ascended is the win rate (twice).
+    Not an ascent of J: every prompt's spread counts the same. With n = 2 only the order of
+    the two returns counts, and the objective becomes twice the win rate.
     """
     # A_i = (R_i − mean R) / std R
     groups = returns.view(-1, n)
@@ -121,12 +136,12 @@ def gae(
     values[:, t] is V of what stands before token t; after the response V = 0. eq:GAE_DFN
     """
     values = values * response_mask
-    advantages, after, later = torch.zeros_like(values), 0.0, 0.0
+    advantages, next_value, next_advantage = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(values.shape[1])):
         # δ_t = r_t + γ V(s_{t+1}) − V(s_t);     A_t = δ_t + γλ A_{t+1}
-        delta = rewards[:, t] + gamma * after - values[:, t]
-        later = (delta + gamma * lam * later) * response_mask[:, t]
-        advantages[:, t], after = later, values[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = (delta + gamma * lam * next_advantage) * response_mask[:, t]
+        advantages[:, t], next_value = next_advantage, values[:, t]
     return advantages, advantages + values
 
 
@@ -139,15 +154,24 @@ def policy_loss(
 ) -> Tensor:
     """The clipped surrogate, per token, to be descended: (B, T) each -> (). A may be (B, 1).
 
-    Summed over a response's tokens and averaged over responses, so that at ratio 1 its
-    gradient is −∇J, REINFORCE with a baseline (eq:REINFORCE_with_baseline); averaging over
-    a response's tokens instead would favour short good and long bad ones.
+    Summed over a response's tokens and averaged over responses; eq:PPO_EQN_EXPANDED divides
+    by |a| too. At ratio 1 the gradient is REINFORCE's with a baseline
+    (eq:REINFORCE_with_baseline): its mean over y ~ π is −∇J, unless A is biased, as with
+    `grpo` or λ < 1. Why is ρ per token, where the whole response is one action? A product
+    of ten ratios leaves 1 ± ε at once; at ρ = 1 both have the same gradient (section "MDP
+    vs. Bandit Framing").
     """
     # ρ_t = π(y_t | x, y_<t) / π_old(y_t | x, y_<t)                           eq:PPO_POL_RATIO
     ratio = (logprobs - old_logprobs).exp()
-    # L = − mean_y Σ_t min(ρ_t A, clip(ρ_t, 1−ε, 1+ε) A)                   eq:PPO_EQN_EXPANDED
+    # L = − mean_y Σ_t min(ρ_t A, clip(ρ_t, 1−ε, 1+ε) A)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     return -(surrogate * response_mask).sum(1).mean()
+
+
+def is_clipped(ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """Where the clip has turned the gradient off: (B, T), and A (B, T) or (B, 1) -> bool."""
+    # ρ > 1 + ε and A > 0 (already much likelier), or ρ < 1 − ε and A < 0
+    return ((ratio > 1 + clip) & (advantages > 0)) | ((ratio < 1 - clip) & (advantages < 0))
 
 
 def value_loss(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
@@ -169,7 +193,9 @@ class Batch:
     ref_logprobs: Tensor  # (B, T)
     reward: Tensor  # (B,) r(x, y)
     returns: Tensor  # (B,) R
-    values: Tensor | None  # (B, T)
+    kl: Tensor  # (B,)
+    value_mask: Tensor  # (B, T) where V is needed: before the first token, or (gae) every one
+    values: Tensor  # (B, T) V there; 0 without a critic
     row: dict  # this rollout's part of metrics.csv
 
 
@@ -177,105 +203,171 @@ class Batch:
 def collect(cfg: Config, prompts: list[str], policy, reference, critic, reward) -> Batch:
     """Sample and score: steps 1 to 3 of the algorithm."""
     asked = [prompt for prompt in prompts for _ in range(cfg.samples)]
-    # 1. y ~ π(·|x) for all M × N rows at once. [2] The episode is over when y is.
+    # 1. y ~ π(·|x) for all M × N rows at once. [b] The episode is over when y is.
     rollout = common.generate(policy, [common.chat(x) for x in asked], cfg.max_new_tokens)
     tokens, mask = rollout.tokens, rollout.response_mask
-    # 2. log π(y|x), log π_ref(y|x), r(x, y), V(x): one batched pass each
+    # 2. log π(y|x), log π_ref(y|x), r(x, y), V: one batched pass each
     logprobs = common.token_logprobs(policy, tokens, mask)
     ref_logprobs = common.token_logprobs(reference, tokens, mask)
-    scores = reward(asked, rollout)  # [1] a model of what people prefer
-    values = common.token_values(critic, tokens, mask) if critic else None
-    # 3. [3] one number for the whole response
+    scores = reward(asked, rollout)  # [a] a model of what people prefer
+    value_mask = mask if cfg.estimator == "gae" else mask & (mask.cumsum(1) == 1)
+    values = common.token_values(critic, tokens, value_mask) if critic else 0 * logprobs
+    # 3. [c] one number for the whole response
     returns, kl = response_return(scores, logprobs, ref_logprobs, mask, cfg.beta)
+    row = rollout_row(asked, rollout, scores, kl, logprobs, cfg.beta)
+    return Batch(
+        tokens, mask, logprobs, ref_logprobs, scores, returns, kl, value_mask, values, row
+    )
 
-    texts, finished = common.completions(rollout), rollout.finished
-    gold = [common.gold_reward(*answer) for answer in zip(asked, texts, finished.tolist())]
-    row = rollout_row(scores, kl, cfg.beta, gold, mask, finished, logprobs, rollout.logprobs)
-    return Batch(tokens, mask, logprobs, ref_logprobs, scores, returns, values, row)
 
-
-def rollout_row(reward, kl, beta, gold, mask, finished, logprobs, sampled) -> dict:
+def rollout_row(asked, rollout, reward, kl, logprobs, beta) -> dict:
     """What metrics.csv says of a rollout, from before its updates. `update` adds the rest."""
-    reward, kl = reward.mean().item(), kl.mean().item()
+    mask, finished = rollout.response_mask, rollout.finished
+    answers = zip(asked, common.completions(rollout), finished.tolist())
+    gold = [common.gold_reward(*answer) for answer in answers]
     return {
-        "reward": reward,  # mean r(x, y)
-        "kl": kl,  # mean Σ_t log π − log π_ref: KL(π ‖ π_ref), nats per response
-        "J": reward - beta * kl,  # the objective
+        "reward": reward.mean(),  # mean r(x, y)
+        "kl": kl.mean(),  # mean Σ_t log π − log π_ref: KL(π ‖ π_ref), nats per response
+        "J": reward.mean() - beta * kl.mean(),  # the objective
         "gold": sum(gold) / len(gold),  # what the annotators value; nothing trains on it
-        "length": mask.sum(1).float().mean().item(),  # tokens per response, EOS included
-        "finished": finished.float().mean().item(),  # share that ended with EOS
-        "entropy": -logprobs.sum().item() / mask.sum().item(),  # mean −log π, nats per token
-        "sampler_gap": (logprobs - sampled).abs().max().item(),  # sampling against scoring
+        "length": mask.sum(1).float().mean(),  # tokens per response, EOS included
+        "finished": finished.float().mean(),  # share that ended with EOS
+        "entropy": -logprobs.sum() / mask.sum(),  # mean −log π, nats per token
+        "sampler_gap": (logprobs - rollout.logprobs).abs().max(),  # sampling against scoring
     }
 
 
-def advantages_and_targets(cfg: Config, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Step 4, the one place that the flag --estimator chooses: A (B, 1), the same for every
-    token of y, or (B, T) for gae; what the critic should have said (B, T), and where."""
-    R, V, mask = batch.returns[:, None], batch.values, batch.response_mask
-    match cfg.estimator:
+def estimate_advantages(estimator: str, cfg: Config, batch: Batch) -> Tensor:
+    """Step 4, the one place where the estimators differ: A (B, 1), the same for every token
+    of y, or (B, T) for gae."""
+    R = batch.returns
+    match estimator:
         case "value":  # A = R − V(x), V read before the first response token
-            first = mask & (mask.cumsum(1) == 1)
-            return R - (V * first).sum(1, keepdim=True), R.expand_as(mask), first
+            first = batch.response_mask & (batch.response_mask.cumsum(1) == 1)
+            return R[:, None] - (batch.values * first).sum(1, keepdim=True)
         case "rloo":
-            return rloo(batch.returns, cfg.samples)[:, None], None, None
+            return rloo(R, cfg.samples)[:, None]
         case "grpo":
-            return grpo(batch.returns, cfg.samples)[:, None], None, None
-        case "reinforce":  # no baseline
-            return R, None, None
+            return grpo(R, cfg.samples)[:, None]
+        case "reinforce":  # no baseline, but r is centred on demonstrations: 0 acts as one
+            return R[:, None]
         case "gae":  # the token-level MDP view: per-token rewards, V(s_t), λ; γ = 1
-            parts = batch.reward, batch.logprobs, batch.ref_logprobs, mask, cfg.beta
-            return *gae(token_rewards(*parts), V, mask, 1.0, cfg.lam), mask
+            known = batch.reward, batch.logprobs, batch.ref_logprobs, batch.response_mask
+            rewards = token_rewards(*known, cfg.beta)
+            return gae(rewards, batch.values, batch.response_mask, 1.0, cfg.lam)[0]
 
 
 # ---------------------------------------------------------------------------------- update
 
 
 def update(
-    cfg: Config, batch: Batch, policy, critic, optimizers, lr: float, where: str
+    cfg: Config, batch: Batch, advantages: Tensor, policy, critic, optimizers, lr: float
 ) -> dict:
     """Step 5: K epochs of clipped minibatch updates. Before the first one the ratio is 1 and
-    the gradient plain REINFORCE's; with K = 1 and one minibatch it is never anything else."""
-    advantages, targets, value_mask = advantages_and_targets(cfg, batch)
-    stats = []
+    the gradient plain REINFORCE's; with K = 1 and one minibatch it is never anything else.
+    Returns the other columns of metrics.csv, means over the updates unless said otherwise."""
+    targets = advantages + batch.values  # R before the first token; for gae A_t + V(s_t)
+    steps = []
     for _ in range(cfg.epochs):
-        for rows in torch.randperm(len(advantages)).chunk(cfg.minibatches):
-            at, rows = f"{where}, minibatch {len(stats)}", rows.to(batch.tokens.device)
-            tokens, mask, old = (
-                x[rows] for x in (batch.tokens, batch.response_mask, batch.logprobs)
-            )
+        for rows in (
+            torch.randperm(len(advantages)).to(batch.tokens.device).chunk(cfg.minibatches)
+        ):
+            tokens, mask, A = batch.tokens[rows], batch.response_mask[rows], advantages[rows]
+            old, value_mask = batch.logprobs[rows], batch.value_mask[rows]
             logprobs = common.token_logprobs(policy, tokens, mask)
-            log_ratio = (logprobs.detach() - old)[mask]
-            # later rollouts may differ by rounding, since log-probs grow sharper
-            if at == "step 0, minibatch 0" and (gap := log_ratio.abs().max()) > 1e-5:
-                common.fail(f"{at}: log ratio {gap:.1e}, and it must be 0", 1)
-            loss = policy_loss(logprobs, old, advantages[rows], mask, cfg.clip)
-            row = {"policy_loss": common.descend(loss, policy, optimizers[0], lr, at)}
-            row["value_loss"] = math.nan
+            ratio = (logprobs.detach() - old).exp()
+            loss = policy_loss(logprobs, old, A, mask, cfg.clip)
+            norm = common.descend(loss, policy, optimizers[0], lr)
+            step = {"policy_loss": loss.detach(), "grad_norm": norm}  # before clipping
             if critic:
-                values = common.token_values(critic, tokens, mask)
-                loss = value_loss(values, targets[rows], value_mask[rows])
-                row["value_loss"] = common.descend(loss, critic, optimizers[1], lr, at)
-            ratio = log_ratio.exp()
-            row["ratio_max"] = ratio.max().item()  # the largest ρ_t
-            row["clipped"] = (
-                ((ratio - 1).abs() > cfg.clip).float().mean().item()
-            )  # share of ρ_t
-            stats.append(row)
-    mean = {key: sum(row[key] for row in stats) / len(stats) for key in stats[0]}
-    return mean | {"ratio_max": max(row["ratio_max"] for row in stats), "lr": lr}
+                values = common.token_values(critic, tokens, value_mask)
+                loss = value_loss(values, targets[rows], value_mask)
+                common.descend(loss, critic, optimizers[1], lr)
+                step["value_loss"] = loss.detach()
+            step["clipped"] = (is_clipped(ratio, A, cfg.clip) & mask).sum() / mask.sum()
+            step["ratio_max"] = ratio.max()
+            steps.append(step)
+    columns = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}
+    means = {"value_loss": None} | {key: column.mean() for key, column in columns.items()}
+    largest = columns["ratio_max"]  # over all updates, and before the first, where ρ must be 1
+    return means | {"ratio_max": largest.max(), "start_ratio": largest[0], "lr": lr}
+
+
+# ----------------------------------------------------------------------------------- trace
+
+
+@torch.no_grad()
+def trace(
+    cfg: Config, step: int, batch: Batch, advantages: Tensor, policy, row: dict[str, float]
+) -> str:
+    """The first prompt of a batch followed through the step, with the tensors of its update:
+    its N answers; the one with the largest |A| token by token; every estimator's A of the
+    same returns; and J, as in metrics.csv."""
+    n, mask = cfg.samples, batch.response_mask[: cfg.samples]
+    tokens, A, R = batch.tokens[:n], advantages[:n].expand_as(mask), batch.returns[:n]
+    old, ref = batch.logprobs[:n], batch.ref_logprobs[:n]
+    new = common.token_logprobs(policy, tokens, mask)
+    mean_A = (A * mask).sum(1) / mask.sum(1)  # gae has an A for every token
+    ids = [row[on].tolist() for row, on in zip(tokens, mask)]
+    prompt = common.decode(tokens[0, : int(mask[0].long().argmax())].tolist())
+
+    names = ("r", "log π", "log π_ref", "kl", "R", "baseline", "A", "log π after")
+    columns = (batch.reward[:n], old.sum(1), ref.sum(1), batch.kl[:n], R, R - mean_A, mean_A)
+    lines = [f"step {step}   x: {prompt}   A by {cfg.estimator}, β = {cfg.beta}"]
+    lines += ["".join(f"{name:>12s}" for name in names) + "   y"]
+    for y, numbers in zip(ids, torch.stack((*columns, new.sum(1)), 1).tolist()):
+        lines += ["".join(f"{x:12.2f}" for x in numbers) + "   " + repr(common.decode(y))]
+
+    i = int(mean_A.abs().argmax())
+    ratio = (new - old).exp()
+    off = is_clipped(ratio, A, cfg.clip)
+    lines += [
+        "",
+        "".join(f"{x:>12s}" for x in ("log π", "log π_ref", "A", "ρ after")) + "   y_t",
+    ]
+    for t in mask[i].nonzero().flatten().tolist():
+        numbers = (old[i, t].item(), ref[i, t].item(), A[i, t].item(), ratio[i, t].item())
+        name = repr(common.decode([tokens[i, t]])) if tokens[i, t] != common.EOS else "EOS"
+        clipped = "   clipped: no more gradient" if off[i, t] else ""
+        lines += ["".join(f"{x:12.2f}" for x in numbers) + f"   {name}{clipped}"]
+
+    lines += [""]
+    for name in ("reinforce", "value", "rloo", "grpo", "gae"):
+        needs = {"value": batch.values.any(), "gae": cfg.estimator == "gae"}
+        needs |= {"rloo": n > 1, "grpo": n > 1}
+        text = "its V is not trained in this run" if name in ("value", "gae") else "needs N > 1"
+        if needs.get(name, True):
+            other = estimate_advantages(name, cfg, batch)[:n].expand_as(mask)
+            text = "".join(f"{x:9.2f}" for x in ((other * mask).sum(1) / mask.sum(1)).tolist())
+        lines += [f"A by {name:10s}{text}"]
+    J, reward, kl = row["J"], row["reward"], row["kl"]
+    whole = f"{J:.3f} = {reward:.3f} − {cfg.beta} × {kl:.3f}"
+    lines += [
+        f"J = reward − β kl = mean R over the batch: {whole} = {batch.returns.mean():.3f}"
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------ main
+
+
+def check_start(row: dict[str, float], same: bool) -> None:
+    """Constants that hold before anything is learned; 1e-4 tells bugs from rounding."""
+    if same and row["kl"] != 0:
+        common.fail(f"policy and reference are the same, but KL is {row['kl']}", 1)
+    if abs(row["start_ratio"] - 1) > 1e-4 or row["sampler_gap"] > 1e-4:
+        common.fail(f"step 0: ρ is {row['start_ratio']} before any update, and must be 1", 1)
 
 
 def main(cfg: Config) -> None:
     if cfg.estimator in ("rloo", "grpo") and cfg.samples < 2:
         common.fail(f"--samples 1: {cfg.estimator} compares samples; use 2 or more, or value")
     device = common.pick_device(cfg.device)
-    prompts, held = common.read_prompts(cfg.data, cfg.max_new_tokens)
-    flags = ("init", "ref") if cfg.reward else ("init", "ref", "reward_model")
-    init, ref, *_ = common.ensure(cfg, *flags)
-    reward = common.Reward(cfg.reward or cfg.reward_model, cfg.runs, device)
-    policy = common.load_model(init, "lm", device)
-    reference = common.load_model(ref, "lm", device).requires_grad_(False)
+    common.check_inputs(cfg, cfg.init, cfg.ref, cfg.reward)
+    reward = common.load_reward(cfg, cfg.reward, device)
+    policy = common.load_run(cfg, cfg.init, "lm", device)
+    reference = common.load_run(cfg, cfg.ref, "lm", device).requires_grad_(False)
+    prompts, held = common.read_prompts(cfg.data, cfg.max_new_tokens, policy.config.context)
 
     common.seed_all(cfg.seed)
     critic = None
@@ -283,29 +375,30 @@ def main(cfg: Config) -> None:
         critic = common.scalar_copy(policy)
         torch.nn.init.zeros_(critic.scalar.weight)
     optimizers = [common.adamw(model) for model in (policy, critic) if model]
-    same = common.crc(init / "model.pt") == common.crc(ref / "model.pt")
-    print(
+    weights = zip(policy.parameters(), reference.parameters())
+    same = all(torch.equal(a, b) for a, b in weights)
+    common.say(
         f"{cfg.runs}/{cfg.out}: {cfg.estimator}, β = {cfg.beta}, {cfg.steps} steps of "
-        f"{cfg.prompts} prompts × {cfg.samples} answers, reward: {reward.source}"
+        f"{cfg.prompts} prompts × {cfg.samples} answers, reward: {cfg.reward}"
     )
-    stream = common.shuffled(prompts)
+    stream, traces = common.shuffled(prompts), []
     with common.Run(cfg, cfg.out, policy, cfg.steps, show=("reward", "kl", "J", "gold")) as run:
         for step in run:
             asked = [next(stream) for _ in range(cfg.prompts)]
             batch = collect(cfg, asked, policy, reference, critic, reward)
-            if step == 0 and not same:
-                print(f"starting KL of {cfg.init} to {cfg.ref}: {batch.row['kl']:.3f} nats")
-            elif step == 0 and batch.row["kl"] != 0:
-                common.fail(
-                    f"policy and reference are the same, but KL is {batch.row['kl']}", 1
-                )
+            advantages = estimate_advantages(cfg.estimator, cfg, batch)
             lr = cfg.lr * (1 - step / cfg.steps)
-            stats = update(cfg, batch, policy, critic, optimizers, lr, f"step {step}")
-            run.log(**batch.row, **stats)
-
-    found = common.report(cfg, cfg.ref, reward, held, device)
-    common.before_and_after(cfg, found, device)
+            row = batch.row | update(cfg, batch, advantages, policy, critic, optimizers, lr)
+            row = run.log(**row)
+            if step == 0:
+                check_start(row, same)
+            if step % 20 == 0 or step + 1 == cfg.steps:
+                traces.append(trace(cfg, step, batch, advantages, policy, row))
+    common.write(run.folder / "trace.txt", "\n".join(traces))
+    common.say("\n" + traces[-1])
+    names = [cfg.ref, cfg.init, cfg.out]
+    common.closing_table(cfg, names, reward, cfg.reward, held, device)
 
 
 if __name__ == "__main__":
-    main(common.parse(Config, __doc__))
+    common.start(main, Config, __doc__)

@@ -6,24 +6,32 @@ best-of-N policy, whose KL to the sampler is at most log N − (N − 1)/N nats.
 
     symbol         here                  made by
     x_1 … x_M      prompts               common.read_prompts
-    Y (M, N)       answers               common.generate, eq:rs_completion_matrix
-    R (M, N)       rewards               common.Reward, eq:rs_reward_matrix
+    Y (M, N)       answers               common.samples, eq:rs_completion_matrix
+    R (M, N)       rewards               common.load_reward, eq:rs_reward_matrix
     S(R)           selected              top_per_prompt, top_k_overall or random_per_prompt
     L              loss                  imitation_loss: the SFT loss on the selected answers
     KL(π ‖ π_ref)  kl                    measured, on some of the samples, every round
+
+A round, numbered as in the code:
+    1  sample N answers to each of M prompts, from the policy as it is
+    2  score them: R (M, N)
+    3  select S(R)
+    4  imitate what was selected, token for token: descend L
 
     python rejection_sampling.py                    makes whatever input is missing first
     python rejection_sampling.py --rounds 3 --out rs_3      each from the improved policy
     python rejection_sampling.py --select random --out rs_random        the matched control
 
-Look at: gold against the control of the same size, which imitates itself and stands still.
-selected.jsonl has the answers that were kept; `sft.py --data` takes it as it is.
+Look at: gold beside the control, which trains on equally many answers, chosen at random, and
+so stands still. selected.jsonl has the answers that were kept; `sft.py --data` takes it.
 metrics.csv: `round`; of the round's samples, drawn before its updates, `reward`, `gold`
 (means) and `kl` (nats per response, from the first 512; of π only at temperature 1);
-`selected`, the mean reward of those kept; `loss` (nats per token); `lr`.
+`selected_reward` and `selected_gold`, the means of those kept; `loss` (nats per token: the
+batch's sum over the mean token count of a batch), `grad_norm` (before clipping), `lr`.
 """
 
 import json
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,12 +50,11 @@ class Config:
     rounds: int = arg(1, "sample, select, imitate; so many times", low=1)
     steps: int = arg(96, "gradient steps per round", low=1)
     batch: int = arg(64, "selected answers per step", low=1)
-    lr: float = arg(3e-4, "learning rate, falling to 0 in each round")
+    lr: float = arg(3e-4, "learning rate, falling to 0 in each round", high=1)
     temperature: float = arg(1.0, "of the samples; above 1 for more variety", low=0.01)
     max_new_tokens: int = arg(24, "longest response, in tokens", low=1)
     data: str = arg(None, "your own prompts: JSONL rows of {prompt}")
-    reward: str = arg(None, "your own r(x, y), FILE.py:function, for the reward model")
-    reward_model: str = arg("reward_model", "r_θ, under --runs")
+    reward: str = arg("reward_model", "r: a run under --runs, or FILE.py:function")
     init: str = arg("sft", "the policy to start from, under --runs")
     ref: str = arg("sft", "π_ref, from which KL is measured, under --runs")
     out: str = arg("rejection_sampling", "where the result goes, under --runs")
@@ -80,10 +87,11 @@ def random_per_prompt(rewards: Tensor, generator: torch.Generator | None = None)
     return torch.randint(N, (M,), generator=generator, device=rewards.device)
 
 
-def imitation_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
-    """The SFT loss, nats per token, on the selected answers: (B, T) each -> ()."""
+def imitation_loss(logprobs: Tensor, mask: Tensor, count: float | Tensor | None = None):
+    """The SFT loss, nats per token, on the selected answers: (B, T) each -> (). Divided by
+    the batch's tokens, or by `count`, a constant, so that long answers keep their weight."""
     # L = − (Σ_t mask_t log π(y_t | x, y_<t)) / (Σ_t mask_t)
-    return -(logprobs * mask).sum() / mask.sum()
+    return -(logprobs * mask).sum() / (mask.sum() if count is None else count)
 
 
 # ----------------------------------------------------------------------------------- rollout
@@ -91,32 +99,28 @@ def imitation_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample_and_score(cfg: Config, prompts: list[str], policy, reference, reward):
-    """Y and R: M × N answers (rows of selected.jsonl) and rewards (M, N), and what
-    metrics.csv says of them. M × N rows are too many for one batch: 512 at a time."""
-    asked = [prompt for prompt in prompts for _ in range(cfg.samples)]
-    answers, rewards, kl = [], [], None
-    for start in range(0, len(asked), 512):
-        part = asked[start : start + 512]
-        chats = [common.chat(prompt) for prompt in part]
-        rollout = common.generate(policy, chats, cfg.max_new_tokens, cfg.temperature)
-        rewards.append(reward(part, rollout))
-        columns = zip(part, common.completions(rollout), rollout.finished.tolist())
+    """Steps 1 and 2: the M × N answers, rows of selected.jsonl and their (prompt, response)
+    ids; rewards and gold, (M, N) each; and the KL of the first 512."""
+    answers, ids, rewards, kl = [], [], [], None
+    given = prompts, cfg.samples, cfg.max_new_tokens, cfg.temperature
+    for asked, rollout in common.samples(policy, *given):
+        rewards.append(reward(asked, rollout).cpu())
+        columns = zip(asked, common.completions(rollout), rollout.finished.tolist())
         keys = ("prompt", "completion", "completion_finished")
         answers += [dict(zip(keys, row)) for row in columns]
+        ids += zip([common.chat(x) for x in asked], common.response_ids(rollout))
         if kl is None:  # the first 512 tell enough
-            models = (policy, reference)
-            p, q = (
-                common.token_logprobs(m, rollout.tokens, rollout.response_mask) for m in models
-            )
-            kl = (p - q).sum(1).mean().item()
-    R = torch.cat(rewards).view(len(prompts), cfg.samples)
-    gold = [common.gold_reward(*answer.values()) for answer in answers]
-    row = {"reward": R.mean().item(), "gold": sum(gold) / len(gold), "kl": kl}
-    return answers, R, row
+            tokens, mask = rollout.tokens, rollout.response_mask
+            log_ratio = common.token_logprobs(policy, tokens, mask)
+            log_ratio = log_ratio - common.token_logprobs(reference, tokens, mask)
+            kl = log_ratio.sum(1).mean()
+    gold = [common.gold_reward(*(answer[key] for key in keys)) for answer in answers]
+    shape = len(prompts), cfg.samples
+    return answers, ids, torch.cat(rewards).view(shape), torch.tensor(gold).view(shape), kl
 
 
 def select(cfg: Config, rewards: Tensor) -> Tensor:
-    """Flat indices of the answers that are kept, by the rule that --select names."""
+    """Step 3: flat indices of the answers that are kept, by the rule that --select names."""
     if cfg.select == "top_k":
         return top_k_overall(rewards, cfg.top_k)
     rule = top_per_prompt if cfg.select == "per_prompt" else random_per_prompt
@@ -133,42 +137,47 @@ def main(cfg: Config) -> None:
             f"--top-k {cfg.top_k} of M·N = {cfg.prompts * cfg.samples} answers: lower it"
         )
     device = common.pick_device(cfg.device)
-    prompts, held = common.read_prompts(cfg.data, cfg.max_new_tokens)
-    flags = ("init", "ref") if cfg.reward else ("init", "ref", "reward_model")
-    init, ref, *_ = common.ensure(cfg, *flags)
-    reward = common.Reward(cfg.reward or cfg.reward_model, cfg.runs, device)
-    policy = common.load_model(init, "lm", device)
-    reference = common.load_model(ref, "lm", device).requires_grad_(False)
+    common.check_inputs(cfg, cfg.init, cfg.ref, cfg.reward)
+    reward = common.load_reward(cfg, cfg.reward, device)
+    policy = common.load_run(cfg, cfg.init, "lm", device)
+    reference = common.load_run(cfg, cfg.ref, "lm", device).requires_grad_(False)
+    prompts, held = common.read_prompts(cfg.data, cfg.max_new_tokens, policy.config.context)
 
     common.seed_all(cfg.seed)
-    print(
+    common.say(
         f"{cfg.runs}/{cfg.out}: {cfg.rounds} round(s) of {cfg.prompts} prompts × {cfg.samples} "
-        f"answers, kept by {cfg.select}, reward: {reward.source}"
+        f"answers, kept by {cfg.select}, reward: {cfg.reward}"
     )
-    stream, kept = common.shuffled(prompts), []
-    total, show = cfg.rounds * cfg.steps, ("round", "reward", "kl", "selected", "loss")
+    prompt_stream, kept = common.shuffled(prompts), []
+    total, show = cfg.rounds * cfg.steps, ("round", "reward", "kl", "selected_reward", "loss")
     with common.Run(cfg, cfg.out, policy, total, show) as run:
         for step in run:
             if step % cfg.steps == 0:  # a new round, with the policy as it is now
-                asked = [next(stream) for _ in range(cfg.prompts)]
-                answers, R, row = sample_and_score(cfg, asked, policy, reference, reward)
-                best = select(cfg, R)
-                row |= {"selected": R.flatten()[best].mean().item()}
-                chosen = [answers[i] | {"reward": R.flatten()[i].item()} for i in best.tolist()]
-                kept += [answer | {"round": step // cfg.steps} for answer in chosen]
-                tokens, mask = common.collate([common.answer_ids(a) for a in chosen], device)
-                optimizer, queue = common.adamw(policy), []
-            queue = queue or common.batches(mask, cfg.batch)
-            batch, batch_mask = common.take(queue.pop(), tokens, mask)
-            loss = imitation_loss(common.token_logprobs(policy, batch, batch_mask), batch_mask)
+                asked = [next(prompt_stream) for _ in range(cfg.prompts)]
+                scored = sample_and_score(cfg, asked, policy, reference, reward)  # 1, 2
+                answers, ids, R, gold, kl = scored
+                selected = select(cfg, R)  # 3
+                row = {"round": step // cfg.steps, "reward": R.mean(), "gold": gold.mean()}
+                row |= {"kl": kl, "selected_reward": R.flatten()[selected].mean()}
+                row |= {"selected_gold": gold.flatten()[selected].mean()}
+                for i in selected.tolist():
+                    about = {"reward": R.flatten()[i].item(), "round": row["round"]}
+                    kept.append(answers[i] | about)
+                tokens, mask = common.collate([ids[i] for i in selected.tolist()], device)
+                count = mask.sum() / math.ceil(len(mask) / cfg.batch)  # mean tokens of a batch
+                optimizer = common.adamw(policy)
+                stream = common.minibatches(cfg.batch, tokens, mask)
+            _, batch, batch_mask = next(stream)
+            logprobs = common.token_logprobs(policy, batch, batch_mask)
+            loss = imitation_loss(logprobs, batch_mask, count)  # 4
             lr = cfg.lr * (1 - step % cfg.steps / cfg.steps)
-            loss = common.descend(loss, policy, optimizer, lr, f"step {step}")
-            run.log(round=step // cfg.steps, **row, loss=loss, lr=lr)
-        lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in kept]
-        common.write(run.folder / "selected.jsonl", "".join(lines))
-    found = common.report(cfg, cfg.ref, reward, held, device)
-    common.before_and_after(cfg, found, device)
+            norm = common.descend(loss, policy, optimizer, lr)
+            run.log(**row, loss=loss, grad_norm=norm, lr=lr)
+    lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in kept]
+    common.write(run.folder / "selected.jsonl", "".join(lines))
+    names = [cfg.ref, cfg.init, cfg.out]
+    common.closing_table(cfg, names, reward, cfg.reward, held, device)
 
 
 if __name__ == "__main__":
-    main(common.parse(Config, __doc__))
+    common.start(main, Config, __doc__)

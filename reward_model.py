@@ -7,25 +7,34 @@ supposes P(y_c ≻ y_r) = σ(r(x, y_c) − r(x, y_r)); r is fitted by maximum li
     L(r) = − mean over pairs of log σ(r(x, y_c) − r(x, y_r))                nats per pair
 
     symbol         here                    made by
-    x, y_c, y_r    rows of comparisons     common.comparisons, judged answers of the SFT model
-    r(x, y), r_θ   chosen, rejected        common.score: scalar head at the last response token
-    m(y_c, y_r)    margin                  bradley_terry_loss, eq:rewardmodelingmargin
+    x, y_c, y_r    rows of comparisons     common.comparisons: judged answers of --init
+    r(x, y), r_θ   r_chosen, r_rejected    common.score: scalar head at the last response token
+    m              cfg.margin              bradley_terry_loss: one constant, where
+                                           eq:rewardmodelingmargin has a margin for each pair
     L              loss                    bradley_terry_loss
 
-Comparisons fix r only up to a constant, so the mean score of demonstrations is subtracted
-and saved with the weights: r = 0 is "as good as a human answer".
+A step, numbered as in the code:
+    1  draw a minibatch of pairs
+    2  score both answers of each, in one pass
+    3  descend L
+and once, after the last step:
+    4  centre r. Comparisons fix r only up to a constant, so the mean score of demonstrations
+       is subtracted and saved with the weights: r = 0 is "as good as a human answer".
 
     python reward_model.py                              makes runs/sft and comparisons first
     python reward_model.py --pairs 2000 --out rm_weak   a weak one, for over-optimisation
-    python reward_model.py --policy ppo --comparisons comparisons,comparisons_2 --out rm_2
-                                                        a second round, on old and new pairs
+    python reward_model.py --init ppo --comparisons comparisons,comparisons_2 --out rm_2
+                          a second round: new pairs of the policy's answers beside the old ones
 
 Look at: held-out accuracy beside its ceiling. Annotators are noisy, so that even the gold
 reward would agree with only `ceiling` of their choices. Both are free of label noise:
 ceiling = mean σ(|Δgold|), accuracy = mean σ(Δgold · sign Δr). metrics.csv: `loss` (nats per
-pair; ln 2 is chance), `accuracy` (share of the batch's pairs with r_c > r_r), `lr`.
+pair; ln 2 is chance), `accuracy` (share of the batch's pairs with r_c > r_r), `grad_norm`
+(before clipping), `lr`. The book trains reward models for one epoch, lest they learn labels
+by heart; ours gains from a third, on a model this small.
 """
 
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +52,12 @@ class Config:
     pairs: int = arg(20_000, "train on at most so many comparisons", low=1)
     epochs: int = arg(3, "passes over the comparisons", low=1)
     batch: int = arg(32, "pairs per step", low=1)
-    lr: float = arg(5e-4, "learning rate, falling to 0")
-    margin: float = arg(0.0, "m, by how much the chosen score must be ahead")
+    lr: float = arg(5e-4, "learning rate, falling to 0", high=1)
+    margin: float = arg(0.0, "m, added to what the chosen score must exceed")
     data: str = arg(None, "your own JSONL: {prompt, chosen, rejected}")
     comparisons: str = arg("comparisons", "judged pairs under --runs, or several: a,b")
-    policy: str = arg(None, "collect missing comparisons from this run; or from init")
     max_new_tokens: int = arg(24, "longest answer in the closing table, in tokens", low=1)
-    init: str = arg("sft", "the model whose trunk r starts from, under --runs")
+    init: str = arg("sft", "where r's trunk and new comparisons come from, under --runs")
     out: str = arg("reward_model", "where the result goes, under --runs")
     runs: str = arg("runs", "the folder of all runs")
     seed: int = arg(0, "one seed, one result")
@@ -62,7 +70,8 @@ class Config:
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tensor:
     """−log σ(r_c − r_r − m), nats: scores (B,), (B,) -> (B,).
 
-    Source: "Reward Modeling", eq:rewardmodeling1; with a margin eq:rewardmodelingmargin.
+    The margin is a soft shift: a pair at r_c − r_r = m still has loss ln 2. Source: "Reward
+    Modeling", eq:rewardmodeling1; with a margin eq:rewardmodelingmargin.
     """
     # L = −log σ(r(x, y_c) − r(x, y_r) − m)
     return -F.logsigmoid(chosen - rejected - margin)
@@ -90,17 +99,18 @@ def pair_scores(model: Transformer, tokens: Tensor, mask: Tensor) -> tuple[Tenso
 def train(cfg: Config, model: Transformer, rows: list[dict]) -> None:
     """Descend L over the comparisons, and save to runs/`out`."""
     tokens, mask = encode_pairs(rows, model.device)
-    optimizer = common.adamw(model)
-    epochs = [common.batches(mask, cfg.batch) for _ in range(cfg.epochs)]
-    order = [batch for epoch in epochs for batch in epoch]
-    with common.Run(cfg, cfg.out, model, len(order), show=("loss", "accuracy")) as run:
+    optimizer, stream = common.adamw(model), common.minibatches(cfg.batch, tokens, mask)
+    steps = cfg.epochs * math.ceil(len(rows) / cfg.batch)
+    with common.Run(cfg, cfg.out, model, steps, show=("loss", "accuracy")) as run:
         for step in run:
-            chosen, rejected = pair_scores(model, *common.take(order[step], tokens, mask))
-            loss = bradley_terry_loss(chosen, rejected, cfg.margin).mean()
-            lr = cfg.lr * (1 - step / len(order))
-            value = common.descend(loss, model, optimizer, lr, f"step {step}")
-            run.log(loss=value, accuracy=(chosen > rejected).float().mean().item(), lr=lr)
-        center(cfg, model, rows)
+            _, batch, batch_mask = next(stream)  # 1
+            r_chosen, r_rejected = pair_scores(model, batch, batch_mask)  # 2
+            loss = bradley_terry_loss(r_chosen, r_rejected, cfg.margin).mean()  # 3
+            lr = cfg.lr * (1 - step / steps)
+            norm = common.descend(loss, model, optimizer, lr)
+            accuracy = (r_chosen > r_rejected).float().mean()
+            run.log(loss=loss, accuracy=accuracy, grad_norm=norm, lr=lr)
+        center(cfg, model, rows)  # 4
 
 
 @torch.no_grad()
@@ -108,70 +118,68 @@ def center(cfg: Config, model: Transformer, rows: list[dict]) -> None:
     """Set the offset so that demonstrations score 0 in the mean: the world's, or for your
     own data the chosen answers."""
     if cfg.data:
-        demonstrations = [{**row, "completion": row["chosen"]} for row in rows[:1000]]
+        ids = [common.answer_ids(row, "chosen") for row in rows[:1000]]
     else:
-        demonstrations = common.demonstrations(1000, cfg.seed)
-    ids = [common.answer_ids(row, "completion") for row in demonstrations]
+        ids = [common.answer_ids(row) for row in common.demonstrations(1000, cfg.seed)]
     model.offset += common.score(model, *common.collate(ids, model.device)).mean()
 
 
 @torch.no_grad()
-def accuracy(model: Transformer, rows: list[dict]) -> str:
-    """How r orders held-out pairs; in the world, beside what annotator noise allows at most."""
+def accuracies(model: Transformer, rows: list[dict]) -> dict[str, float]:
+    """How r orders pairs: `labels`, the share with r_c > r_r; in the world also `accuracy`
+    and `ceiling`, free of label noise, and `order`, the share that gold orders alike."""
     tokens, mask = encode_pairs(rows, model.device)
-    parts = [pair_scores(model, t, m) for t, m in zip(tokens.split(256), mask.split(256))]
-    gap = torch.cat([chosen - rejected for chosen, rejected in parts]).cpu().double()
-    line = f"chosen preferred in {(gap > 0).double().mean():.3f}"
+    scores = [pair_scores(model, t, m) for t, m in zip(tokens.split(256), mask.split(256))]
+    gap = torch.cat([chosen - rejected for chosen, rejected in scores]).cpu().double()
+    found = {"labels": (gap > 0).double().mean().item()}
     chosen, rejected = (
         [common.gold_reward(x["prompt"], x[k], x.get(f"{k}_finished", True)) for x in rows]
         for k in ("chosen", "rejected")
     )
     gold_gap = torch.tensor(chosen).double() - torch.tensor(rejected).double()
-    if gold_gap.isnan().any():
-        return line
-    apart = gold_gap != 0
-    return line + (
-        f"; free of label noise: accuracy {torch.sigmoid(gold_gap * gap.sign()).mean():.3f}, "
-        f"ceiling {torch.sigmoid(gold_gap.abs()).mean():.3f}; "
-        f"gold order {(gap.sign() == gold_gap.sign())[apart].double().mean():.3f}"
-    )
+    if not gold_gap.isnan().any():
+        apart = gold_gap != 0
+        found["accuracy"] = torch.sigmoid(gold_gap * gap.sign()).mean().item()
+        found["ceiling"] = torch.sigmoid(gold_gap.abs()).mean().item()
+        found["order"] = (gap.sign() == gold_gap.sign())[apart].double().mean().item()
+    return found
 
 
 def show(cfg: Config, model: Transformer, rows: list[dict]) -> None:
-    """Print the accuracy on held-out pairs, file by file, beside that of runs/reward_model;
-    and three of the pairs with the score of each answer."""
-    for source in [cfg.data] if cfg.data else cfg.comparisons.split(","):
-        pairs = [row for row in rows if cfg.data or row["source"] == source]
-        print(f"\n{len(pairs)} held-out pairs of {source}")
+    """Print the accuracies on held-out pairs, file by file, beside those of
+    runs/reward_model; and three of the pairs with the score of each answer."""
+    for source in dict.fromkeys(row.get("source", cfg.data) for row in rows):
+        pairs = [row for row in rows if row.get("source", cfg.data) == source]
+        common.say(f"\n{len(pairs)} held-out pairs of {source}")
         for name in dict.fromkeys((Config.out, cfg.out)):
             folder = Path(cfg.runs) / name
             if (folder / "model.pt").exists():
                 judge = common.load_model(folder, "scalar", model.device)
-                print(f"{name:>20s}: {accuracy(judge, pairs)}")
-    chosen, rejected = pair_scores(model, *encode_pairs(rows[:3], model.device))
-    for row, r_c, r_r in zip(rows, chosen.tolist(), rejected.tolist()):
-        print(
-            f"{row['prompt']}\n{r_c:+20.2f}: {row['chosen']}\n{r_r:+20.2f}: {row['rejected']}"
-        )
+                found = accuracies(judge, pairs).items()
+                common.say(f"{name:>20s}: " + "  ".join(f"{k} {v:.3f}" for k, v in found))
+    scores = pair_scores(model, *encode_pairs(rows[:3], model.device))
+    for row, r_c, r_r in zip(rows, *(side.tolist() for side in scores)):
+        chosen, rejected = f"{r_c:+20.2f}: {row['chosen']}", f"{r_r:+20.2f}: {row['rejected']}"
+        common.say(f"{row['prompt']}\n{chosen}\n{rejected}")
 
 
 def main(cfg: Config) -> None:
     device = common.pick_device(cfg.device)
-    own = cfg.data and common.read_jsonl(cfg.data, ("prompt", "chosen", "rejected"))
-    train_rows, held_rows = common.split(own or common.comparisons(cfg, device))
-    (init,) = common.ensure(cfg, "init")
+    policy = common.load_run(cfg, cfg.init, "lm", device)
+    context = policy.config.context
+    train_rows, held_rows = common.split(common.comparisons(cfg, context, device))
     common.seed_all(cfg.seed)
     random.shuffle(train_rows)  # so that --pairs takes from all files alike
     train_rows = train_rows[: cfg.pairs]
-    model = common.scalar_copy(common.load_model(init, "lm", device))
-    print(f"{cfg.runs}/{cfg.out}: Bradley-Terry on {len(train_rows)} comparisons")
+    model = common.scalar_copy(policy)
+    common.say(f"{cfg.runs}/{cfg.out}: Bradley-Terry on {len(train_rows)} comparisons")
     train(cfg, model, train_rows)
 
     show(cfg, model, held_rows)
-    reward = common.Reward(cfg.out, cfg.runs, device)
-    prompts = [row["prompt"] for row in held_rows] if own else common.read_prompts(None, 0)[1]
-    common.report(cfg, cfg.init, reward, prompts, device)
+    reward = common.load_reward(cfg, cfg.out, device)
+    prompts = common.read_prompts(cfg.data, cfg.max_new_tokens, context)[1]
+    common.closing_table(cfg, [cfg.init], reward, cfg.out, prompts, device)
 
 
 if __name__ == "__main__":
-    main(common.parse(Config, __doc__))
+    common.start(main, Config, __doc__)

@@ -1,7 +1,7 @@
 """Instruction fine-tuning: teach a base model to answer in the asked format, and to stop.
 
 The base model is made here too, by next-token prediction on raw text. Instruction tuning
-(chapter "Instruction Finetuning") is then the same loss on [USER] prompt [ASSISTANT]
+(chapter "Instruction Fine-Tuning") is then the same loss on [USER] prompt [ASSISTANT]
 response [EOS], with the prompt masked:
 
     L(π) = − mean over response tokens t of log π(y_t | x, y_<t)          nats per token
@@ -12,6 +12,11 @@ response [EOS], with the prompt masked:
     t in y         mask[:, t]            common.collate: True on the response, EOS included
     L              loss                  sft_loss; for the base model the mask is all True
 
+A step, numbered as in the code:
+    1  draw a minibatch of rows
+    2  log π of every response token
+    3  descend L: the batch's sum over a constant, so that every token weighs the same
+
 The result, runs/sft, is where RLHF starts, and π_ref, from which every KL is measured.
 
     python sft.py                        makes runs/base first if it is missing
@@ -19,11 +24,14 @@ The result, runs/sft, is where RLHF starts, and π_ref, from which every KL is m
 
 Look at: the loss, which falls to the entropy of mixed human answers and not to 0; the same
 questions put to the base model, which rambles on, and to the SFT model, which answers and
-stops. metrics.csv: `loss` (nats per token), `held_out_loss` (the same on held-out rows,
-empty between measurements), `lr`.
+stops. metrics.csv: `loss` (nats per token: the batch's sum over the mean token count of a
+batch), `held_out_loss` (the same on held-out rows, empty between measurements), `grad_norm`
+(before clipping), `lr`. Pretraining's rate is usually ten times instruction tuning's or more;
+here both models are so small and so briefly trained that they want much the same.
 """
 
 import math
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +46,15 @@ from common import Transformer, arg
 class Config:
     steps: int = arg(300, "instruction tuning: gradient steps", low=1)
     batch: int = arg(64, "rows per step, B", low=1)
-    lr: float = arg(2e-3, "instruction tuning: learning rate, falling to 0")
+    lr: float = arg(2e-3, "instruction tuning: learning rate, falling to 0", high=1)
     demonstrations: int = arg(2400, "of the built-in world, a sixth of them held out", low=50)
     data: str = arg(None, "your own JSONL: {prompt, completion} or {messages}")
     base_steps: int = arg(200, "base model: gradient steps", low=1)
-    base_lr: float = arg(3e-3, "base model: learning rate, falling to 0")
+    base_lr: float = arg(3e-3, "base model: learning rate, falling to 0", high=1)
     raw: str = arg(None, "your own UTF-8 text for the base model, which is made anew")
+    layers: int = arg(2, "base model: layers", low=1)
+    channels: int = arg(128, "base model: channels C, a multiple of 32", low=32)
+    context: int = arg(512, "base model: most positions T", low=64)
     max_new_tokens: int = arg(24, "longest sampled answer, in tokens", low=1)
     init: str = arg("base", "the model to start from, under --runs")
     out: str = arg("sft", "where the result goes, under --runs")
@@ -55,17 +66,39 @@ class Config:
 # ------------------------------------------------------------------------------- the maths
 
 
-def sft_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
+def sft_loss(logprobs: Tensor, mask: Tensor, count: float | Tensor | None = None) -> Tensor:
     """Mean negative log-likelihood (nats per token) of the tokens in the mask, (B, T) -> ().
 
-    The mean is over the whole batch's tokens, so that a long row counts for more than a
-    short one. Source: "Instruction Finetuning"; pretraining's loss with the prompt masked.
+    `count` is what the sum is divided by: the batch's own tokens, or, in training, the mean
+    token count of a batch. With that constant a token weighs the same in every batch, and
+    the mean over an epoch's batches is L; with its own count a token in a batch of short
+    rows would weigh several times more. Source: "Instruction Fine-Tuning".
     """
     # L = − (Σ_t mask_t log π(y_t | x, y_<t)) / (Σ_t mask_t)
-    return -(logprobs * mask).sum() / mask.sum()
+    return -(logprobs * mask).sum() / (mask.sum() if count is None else count)
 
 
 # ------------------------------------------------------------------------------------ data
+
+
+def raw_text(seed: int, sentences: int = 40_000) -> str:
+    """What the base model reads: statements (20 % misconceptions), questions, small talk."""
+    rng, text = random.Random(seed), []
+    prompts = [prompt for prompt in common.QUESTIONS if not common.held_out(prompt)]
+    openings = [opening.strip() for opening in common.OPENINGS if opening]
+    chatter = [*common.COURTESIES, *common.RUDE, *openings]
+    for _ in range(sentences):
+        animal, kind = rng.choice(list(common.ANIMALS)), rng.choice(common.KINDS)
+        roll, value = rng.random(), common.ANIMALS[animal][kind][rng.random() < 0.2]
+        sentence = common.FULL[kind].format(a=animal, v=value)
+        if roll > 0.9:
+            sentence = rng.choice(chatter)
+        elif roll > 0.8:
+            sentence = rng.choice(common.RAMBLING).format(s=sentence)
+        elif roll > 0.6:
+            sentence = rng.choice(prompts)
+        text.append(sentence)
+    return " ".join(text)
 
 
 def read_text(path: str) -> str:
@@ -98,61 +131,75 @@ def chat_rows(rows: list[dict]) -> tuple[Tensor, Tensor]:
 def train(cfg: Config, out: str, model: Transformer, rows, held, lr: float, steps: int) -> None:
     """Descend L on rows = (tokens, mask), measure it on `held`, and save to runs/`out`."""
     (tokens, mask), (held_tokens, held_mask) = (
-        [x.to(model.device) for x in y] for y in (rows, held)
+        [x.to(model.device) for x in part] for part in (rows, held)
     )
-    optimizer, queue = common.adamw(model), []
+    count = mask.sum() / math.ceil(len(mask) / cfg.batch)  # mean tokens of a batch
+    optimizer, stream = common.adamw(model), common.minibatches(cfg.batch, tokens, mask)
     with common.Run(cfg, out, model, steps, show=("loss", "held_out_loss")) as run:
         for step in run:
-            queue = queue or common.batches(mask, cfg.batch)
-            batch, batch_mask = common.take(queue.pop(), tokens, mask)
-            loss = sft_loss(common.token_logprobs(model, batch, batch_mask), batch_mask)
+            _, batch, batch_mask = next(stream)  # 1
+            logprobs = common.token_logprobs(model, batch, batch_mask)  # 2
+            loss = sft_loss(logprobs, batch_mask, count)  # 3
             now = lr * (1 - step / steps)
-            value = common.descend(loss, model, optimizer, now, f"{out}, step {step}")
-            held_out_loss = math.nan
+            norm = common.descend(loss, model, optimizer, now)
+            held_out_loss = None
             if step % 50 == 0 or step == steps - 1:
                 with torch.no_grad():
                     logprobs = common.token_logprobs(model, held_tokens, held_mask)
-                    held_out_loss = sft_loss(logprobs, held_mask).item()
-            run.log(loss=value, held_out_loss=held_out_loss, lr=now)
+                    held_out_loss = sft_loss(logprobs, held_mask)
+            run.log(loss=loss, held_out_loss=held_out_loss, grad_norm=norm, lr=now)
 
 
 def make_base(cfg: Config, device: torch.device) -> None:
     """Next-token prediction on raw text, from random weights, to runs/base."""
-    print(f"{cfg.runs}/base: next-token prediction on raw text, {cfg.base_steps} steps")
-    text = read_text(cfg.raw) if cfg.raw else common.raw_text(cfg.seed)
+    common.say(f"{cfg.runs}/base: next-token prediction on raw text, {cfg.base_steps} steps")
+    text = read_text(cfg.raw) if cfg.raw else raw_text(cfg.seed)
     cut = int(len(text) * 0.95)  # the end of the text is held out
-    model = Transformer(common.ModelConfig()).to(device)
+    heads = cfg.channels // 32
+    shape = common.ModelConfig(
+        channels=cfg.channels,
+        layers=cfg.layers,
+        heads=heads,
+        kv_heads=heads,
+        hidden=cfg.channels * 11 // 4,
+        context=cfg.context,
+    )
+    model = Transformer(shape).to(device)
     rows, held = raw_windows(text[:cut]), [x[:256] for x in raw_windows(text[cut:])]
     train(cfg, "base", model, rows, held, cfg.base_lr, cfg.base_steps)
 
 
 def main(cfg: Config) -> None:
+    there = (Path(cfg.runs) / cfg.init / "model.pt").exists()
+    base_flags = ("base_steps", "base_lr", "layers", "channels", "context")
+    given = [flag for flag in base_flags if getattr(cfg, flag) != getattr(Config, flag)]
     if cfg.raw and cfg.init != "base":
         common.fail(f"--raw {cfg.raw}: it is for the base model; use it without --init")
+    if given and there and not cfg.raw:
+        common.fail(f"--{given[0].replace('_', '-')}: {cfg.runs}/{cfg.init} is there already")
+    if cfg.channels % 32:
+        common.fail(f"--channels {cfg.channels}: a multiple of 32 is needed")
     device = common.pick_device(cfg.device)
     if cfg.data:
-        rows = common.read_jsonl(cfg.data, ("prompt", "completion"))
+        rows = common.read_jsonl(cfg.data, ("prompt", "completion"), context=cfg.context)
     else:
         rows = common.demonstrations(cfg.demonstrations, cfg.seed)
     train_rows, held_rows = common.split(rows)
     common.seed_all(cfg.seed)
-    if cfg.init == "base" and (cfg.raw or not common.is_done(Path(cfg.runs) / "base")):
+    if cfg.init == "base" and (cfg.raw or not there):
         make_base(cfg, device)
-    model = common.load_model(common.ensure(cfg, "init")[0], "lm", device)
+    model = common.load_run(cfg, cfg.init, "lm", device)
 
     common.seed_all(cfg.seed)
-    print(f"{cfg.runs}/{cfg.out}: instruction tuning on {len(train_rows)} demonstrations")
+    common.say(f"{cfg.runs}/{cfg.out}: instruction tuning on {len(train_rows)} demonstrations")
     rows, held = chat_rows(train_rows), chat_rows(held_rows[:512])
     train(cfg, cfg.out, model, rows, held, cfg.lr, cfg.steps)
 
-    prompts = (
-        [row["prompt"] for row in held_rows] if cfg.data else common.read_prompts(None, 0)[1]
-    )
-    reward = common.find_reward(cfg, device)
-    ref = "sft" if common.is_done(Path(cfg.runs) / "sft") else cfg.out
-    found = common.report(cfg, ref, reward, prompts, device)
-    common.before_and_after(cfg, found, device)
+    prompts = common.read_prompts(cfg.data, cfg.max_new_tokens, model.config.context)[1]
+    ref = "sft" if (Path(cfg.runs) / "sft/model.pt").exists() else cfg.out
+    names = [ref, cfg.init, cfg.out]
+    common.closing_table(cfg, names, *common.table_reward(cfg, device), prompts, device)
 
 
 if __name__ == "__main__":
-    main(common.parse(Config, __doc__))
+    common.start(main, Config, __doc__)

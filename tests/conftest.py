@@ -52,8 +52,8 @@ def runs(tmp_path, tiny, pairs):
     folder = tmp_path / "runs"
     models = {"sft": tiny(0), "other": tiny(1), "reward_model": tiny(2, "scalar")}
     for name, model in models.items():
-        common.save_model(folder / name, model, {"flags": {}, "done": True})
-        common.write(folder / name / "config.json", '{"seconds": 0}')
+        common.save_model(folder / name, model, {"flags": {}})
+        common.write(folder / name / "config.json", '{"seconds": 0, "flags": {}}')
     lines = "".join(json.dumps(row) + "\n" for row in pairs(64))
     common.write(folder / "comparisons" / "comparisons.jsonl", lines)
     return folder
@@ -63,18 +63,18 @@ def runs(tmp_path, tiny, pairs):
 def call(runs, monkeypatch):
     """call(script, "--steps 2"): its command line, in this process, on the CPU. The closing
     table asks 4 prompts only. Returns the rows of the new metrics.csv."""
-    report = common.report
+    evaluate = common.evaluate
 
-    def short(cfg, ref, reward, prompts, device):
-        return report(cfg, ref, reward, prompts[:4], device)
+    def short(policy, reference, reward, prompts, limit):
+        return evaluate(policy, reference, reward, prompts[:4], limit)
 
     def run(script, flags=""):
         argv = [script.__file__, "--runs", str(runs), "--device", "cpu", *flags.split()]
         monkeypatch.setattr(sys, "argv", argv)
-        monkeypatch.setattr(common, "report", short)
-        cfg = common.parse(script.Config, script.__doc__)
-        script.main(cfg)
-        text = (runs / cfg.out / "metrics.csv").read_text()
+        monkeypatch.setattr(common, "evaluate", short)
+        common.start(script.main, script.Config, script.__doc__)
+        out = common.parse(script.Config, script.__doc__).out
+        text = (runs / out / "metrics.csv").read_text()
         return list(csv.DictReader(text.splitlines()))
 
     return run
@@ -115,7 +115,7 @@ def diverges(call, files, monkeypatch, capsys):
 
         def planted(*args):
             calls.append(1)
-            return honest(*args) * (math.nan if len(calls) == n else 1)
+            return honest(*args) * (math.nan if len(calls) >= n else 1)
 
         monkeypatch.setattr(script, loss, planted)
         with pytest.raises(SystemExit) as stopped:
