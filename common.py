@@ -1227,7 +1227,7 @@ def check_out(cfg) -> None:
     """That the result can be written where it is to go, and that nothing is lost by it."""
     inputs = {"base", "sft", "comparisons", "reward_model"} - {type(cfg).out}
     inputs |= {getattr(cfg, flag, None) for flag in ("ref", "reward")}
-    if cfg.out in inputs - {type(cfg).out}:
+    if cfg.out in inputs:
         fail(f"--out {cfg.out}: other runs start from it; choose another name")
     folder = Path(cfg.runs) / cfg.out
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())

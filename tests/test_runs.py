@@ -34,11 +34,11 @@ def recipe(tmp_path_factory) -> Path:
 
 
 def means(runs: Path, name: str) -> dict[str, float]:
-    """Of the answers to held-out prompts, as the closing table has them."""
-    kept = runs / name / "evaluation_reward_model.json"
-    answers = json.loads(kept.read_text())["answers"]
-    keys = ("gold", "right", "log_ratio", "finished", "reward")
-    return {key: sum(answer[key] for answer in answers) / len(answers) for key in keys}
+    """Of four answers to each held-out prompt, as in the closing table."""
+    cpu = torch.device("cpu")
+    policy, reference = (common.load_model(runs / n, "lm", cpu) for n in (name, "sft"))
+    found = common.evaluate(policy, reference, None, common.split([*common.QUESTIONS])[1], 24)
+    return {key: found[key].mean().item() for key in common.NUMBERS}
 
 
 def test_every_tool_buys_reward_at_its_price(recipe):
@@ -76,7 +76,7 @@ def test_a_run_that_is_killed_leaves_whole_files(recipe, script):
         process.wait()
         for file in recipe.rglob("*"):
             if file.name == "model.pt":
-                common.read_checkpoint(file.parent)
+                common.read_model(file.parent)
             elif file.suffix == ".json":
                 json.loads(file.read_text())
             elif file.name == "metrics.csv":
@@ -103,7 +103,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe):
     process.send_signal(signal.SIGINT)
     errors = process.communicate()[1]
     assert process.returncode == 130
-    assert "--init stopped" in errors
-    model = common.load_model(recipe / "stopped", "lm", torch.device("cpu"))
-    assert all(weight.isfinite().all() for weight in model.parameters())
-    assert start(recipe, "ppo", "--init", "stopped", "--steps", "2", "--out", "on").wait() == 0
+    assert "--init stopped_stopped" in errors
+    assert not (recipe / "stopped").exists()
+    common.load_model(recipe / "stopped_stopped", "lm", torch.device("cpu"))
+    more = ("--init", "stopped_stopped", "--steps", "2", "--out", "on")
+    assert start(recipe, "ppo", *more).wait() == 0

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common, ppo  # noqa: E401, E402, I001
 from common import Transformer  # noqa: E402
 
@@ -33,7 +33,8 @@ def stepper(cfg: ppo.Config, policy, reference, rewards):
 
     def step(prompts):
         batch = ppo.collect(cfg, prompts, policy, reference, critic, reward)
-        ppo.update(cfg, batch, policy, critic, optimizers, 0.0, "benchmark")
+        advantages = ppo.estimate_advantages(cfg.estimator, cfg, batch)
+        ppo.update(cfg, batch, advantages, policy, critic, optimizers, 0.0)
 
     return step
 
@@ -46,11 +47,11 @@ PARTS |= dict.fromkeys(("completions", "gold_reward"), "text and gold reward, on
 def breakdown(cfg, device) -> None:
     """Print the second table, by clocks around the functions of `common` that ppo.py calls."""
     default, rows, plain = ppo.Config(), [], []
-    inputs = {"init": "lm", "ref": "lm", "reward_model": "scalar"}
+    inputs = {"init": "lm", "ref": "lm", "reward": "scalar"}
     folders = [cfg.runs / getattr(default, flag) for flag in inputs]
     models = [common.load_model(f, head, device) for f, head in zip(folders, inputs.values())]
     step = stepper(default, *models)
-    stream = common.shuffled(common.read_prompts(None, default.max_new_tokens)[0])
+    stream = common.shuffled(common.read_prompts(None, default.max_new_tokens, 512)[0])
 
     def clock(name, run, *args):
         (seconds, result), part = timed(partial(run, *args)), PARTS[name]
@@ -81,16 +82,15 @@ def growth(rounds: int, device) -> None:
     sizes += [(128, T, 128, 2) for T in (12, 24, 48, 96)]
     sizes += [(128, 24, *model) for model in ((64, 2), (128, 2), (256, 2), (256, 4))]
     steps, flops, seconds = {}, {}, {size: [] for size in sizes}
-    # for the counter, which sees neither fused attention nor what a CUDA graph holds
-    plain = partial(torch.nn.attention.sdpa_kernel, torch.nn.attention.SDPBackend.MATH)
-    eager = patch.object(common, "_decode_on_cuda", common._decode)
+    # for the counter, which does not see what a CUDA graph holds
+    eager = patch.object(common, "_captured_loop", common._token_loop)
     with patch.object(common, "EOS", -1):
         for B, T, C, L in seconds:
             c = common.ModelConfig(channels=C, layers=L, hidden=C * 11 // 4)
             models = [Transformer(c, head).to(device) for head in ("lm", "lm", "scalar")]
             step = stepper(ppo.Config(prompts=B // 4, max_new_tokens=T), *models)
             run = steps[B, T, C, L] = partial(step, list(common.QUESTIONS)[::16][: B // 4])
-            with FlopCounterMode(display=False) as counter, plain(), eager:
+            with FlopCounterMode(display=False) as counter, eager:
                 run()
             flops[B, T, C, L] = counter.get_total_flops()
         for size, run in [*steps.items()] * max(1, rounds // 2):

@@ -1,20 +1,24 @@
 """Time the project beside `transformers`, and a PPO step part by part and size by size.
 
-python tests/benchmark.py [--threads 1]     needs runs/sft and runs/reward_model
+python tests/studies/benchmark.py [--threads 1]       needs runs/sft and runs/reward_model
+python tests/studies/benchmark.py --beside FOLDER     the recipe, here and in another checkout
 
 1. Rollouts and training steps of ours and, if it is there, of the Llama of transformers: the
    same weights (equal logits and gradients are checked), the same batches, in turn. But ours
-   reads a beginning that rows share once, drops finished rows from the batch (on a CPU), and
-   has logits and the last block's MLP only where they are needed; theirs pads on the left.
-   Sampled texts differ by seed.
+   drops finished rows from the batch (on a CPU), and has logits and the last block's MLP only
+   where they are needed; theirs pads on the left. Sampled texts differ by seed.
 
 2. The parts of a PPO step of the default run. 3. Its growth with rows, tokens and model.
 """
 
 import argparse
 import ctypes
+import json
 import math
+import os
+import subprocess
 import sys
+import tempfile
 from dataclasses import astuple
 from functools import partial
 from pathlib import Path
@@ -24,7 +28,8 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 import common, dpo, reward_model, sft  # noqa: E401, E402, I001
 from benchmark_ppo import breakdown, growth, timed  # noqa: E402
 from common import EOS, PAD, Transformer  # noqa: E402
@@ -134,7 +139,7 @@ def loss(model, kind: str, tokens, mask):
 def train(model, kind: str, optimizer, batches) -> int:
     """An optimizer step of ours or theirs on every batch."""
     for batch in batches:
-        common.descend(loss(model, kind, *batch), model, optimizer, 1e-5, "benchmark")
+        common.descend(loss(model, kind, *batch), model, optimizer, 1e-5)
     return sum(tokens.numel() for tokens, _ in batches)
 
 
@@ -154,15 +159,43 @@ def compare(name: str, rounds: int, runs: list, square: float = 0) -> None:
     print(line, flush=True)
 
 
+def compare_checkouts(other: Path, rounds: int, threads: int) -> None:
+    """Print the seconds of whole commands here and in another checkout, run in turn: ppo.py
+    from an empty folder, then with its inputs there; and of each stage's training alone."""
+    seconds = {}
+    for _ in range(rounds):
+        for side, folder in enumerate((ROOT, other)):
+            with tempfile.TemporaryDirectory() as runs:
+                command = [sys.executable, "ppo.py", "--runs", runs, "--device", "cpu"]
+                how = {"cwd": folder, "stdout": subprocess.DEVNULL, "check": True}
+                how["env"] = os.environ | {"OMP_NUM_THREADS": str(threads)}
+                for what in ("whole recipe", "ppo.py, inputs there"):
+                    took, _ = timed(partial(subprocess.run, command, **how))
+                    seconds.setdefault(what, ([], []))[side].append(took)
+                for about in Path(runs).glob("*/config.json"):
+                    took = json.loads(about.read_text())["seconds"]
+                    what = f"{about.parent.name}, training"
+                    seconds.setdefault(what, ([], []))[side].append(took)
+    print(f"{'seconds':24s}    here   there   ratio (range)")
+    for what, (ours, theirs) in seconds.items():
+        ratio = [b / a for a, b in zip(ours, theirs)]
+        line = f"{what:24s}{median(ours):8.1f}{median(theirs):8.1f}{median(ratio):8.2f}"
+        print(f"{line} ({min(ratio):.2f}–{max(ratio):.2f})")
+
+
 def main() -> None:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7, help="of ours and theirs, in turn")
+    parser.add_argument("--beside", type=Path, help="a checkout of another version")
     parser.add_argument("--runs", type=Path, default="runs")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     cfg = parser.parse_args()
     torch.set_num_threads(cfg.threads)
+    if cfg.beside:
+        compare_checkouts(cfg.beside.resolve(), cfg.rounds, cfg.threads)
+        return
     device = common.pick_device(cfg.device)
     common.seed_all(0)
     policy = common.load_model(cfg.runs / "sft", "lm", device)
