@@ -862,6 +862,8 @@ def load_run(cfg, name: str, head: str, device: torch.device) -> Transformer:
 def comparisons(cfg, context: int, device: torch.device) -> list[dict]:
     """The judged pairs of cfg.data, or in runs/NAME/comparisons.jsonl for each NAME of
     cfg.comparisons, "a,b". What is missing is collected, with answers of cfg.init."""
+    if cfg.data and cfg.comparisons != type(cfg).comparisons:
+        fail("--data and --comparisons: one of the two")
     if cfg.data:
         return read_jsonl(cfg.data, ("prompt", "chosen", "rejected"), context=context)
     rows = []

@@ -26,13 +26,12 @@ What sets this apart from standard RL, eq:rl_opt (chapter "Training Overview"), 
     [b] no state transitions: the prompt is the state, a whole completion is the action;
     [c] one reward for the whole response, and no γ: eq:rl_opt_int.
 
-The book's algorithms (chapter "Reinforcement Learning"), and what differs here: everywhere a
-response's tokens are summed, where the book's PPO and GRPO have 1/|a|.
-    REINFORCE   --estimator reinforce --epochs 1 --minibatches 1      KL in the return
-    RLOO        --estimator rloo --epochs 1 --minibatches 1           nothing
-    PPO         --estimator gae              per-token KL in the reward, V(s_t), λ
-    GRPO        --estimator grpo             KL in the return, the book's is in the loss
-    (default)   --estimator value            PPO's ratio and clip, one A per response
+The book's algorithms (chapter "Reinforcement Learning"), and what differs here:
+    REINFORCE   --estimator reinforce --epochs 1 --minibatches 1    its baseline b(s) is 0
+    RLOO        --estimator rloo --epochs 1 --minibatches 1         nothing
+    PPO         --estimator gae       a sum over a response's tokens, without the book's 1/|a|
+    GRPO        --estimator grpo      the same, and the KL is in the return, not in the loss
+    (default)   --estimator value     PPO's ratio and clip, but one A for the whole response
 
     python ppo.py                            the whole recipe: first trains what is missing
     python ppo.py --estimator rloo --out ppo_rloo
