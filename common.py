@@ -26,6 +26,7 @@ import re
 import runpy
 import shlex
 import shutil
+import struct
 import sys
 import time
 import traceback
@@ -1162,6 +1163,108 @@ def sample(cfg) -> None:
         say(f"log π {logp:7.2f}" + (f"   r {r:+.2f}" if reward else "") + f"   {text}")
 
 
+# ---------------------------------------------------------------------------------- export
+# A model as transformers, TRL, vLLM and others load one: a Llama checkpoint, written by hand.
+
+SPECIALS = ("<|eos|>", "<|user|>", "<|assistant|>", "<|pad|>")  # what ids 0 to 3 are called
+CHAT_TEMPLATE = (  # `chat`, in Jinja; an answer that is there ends with EOS
+    "{% for turn in messages %}{% if turn.role == 'user' %}<|user|>{{ turn.content }}"
+    "{% elif turn.role == 'assistant' %}<|assistant|>{{ turn.content }}<|eos|>"
+    "{% else %}{{ raise_exception('only user and assistant have turns') }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+LLAMA = {  # our weight: Llama's name for it; a fused one is several of Llama's, stacked
+    "embed": ["model.embed_tokens"],
+    "attention_norm": ["input_layernorm"],
+    "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "out": ["self_attn.o_proj"],
+    "mlp_norm": ["post_attention_layernorm"],
+    "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+    "down": ["mlp.down_proj"],
+    "norm": ["model.norm"],
+    "scalar": ["score"],
+}
+
+
+def export(model: Transformer, folder: Path) -> None:
+    """A policy as LlamaForCausalLM, a reward model as LlamaForSequenceClassification."""
+    if os.path.exists(folder / "model.pt"):
+        fail(f"{folder} is a run, whose config.json would be replaced; name another folder")
+    c, policy = model.config, model.kind == "lm"
+    kind = "CausalLM" if policy else "SequenceClassification"
+    # every key is set, as Llama's defaults are other ones: its BOS, 1, would be our USER
+    ids = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD}
+    config = dict(architectures=[f"LlamaFor{kind}"], model_type="llama", **ids)
+    config |= dict(torch_dtype="float32", vocab_size=c.vocab_size, hidden_size=c.channels)
+    config |= dict(intermediate_size=c.hidden, hidden_act="silu", num_hidden_layers=c.layers)
+    config |= dict(num_attention_heads=c.heads, num_key_value_heads=c.kv_heads)
+    config |= dict(head_dim=c.channels // c.heads, max_position_embeddings=c.context)
+    config |= dict(attention_bias=False, mlp_bias=False, tie_word_embeddings=policy)
+    config |= dict(rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta)  # for transformers 4, and
+    config |= dict(rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta))  # for 5
+    about = dict(tokenizer_class="PreTrainedTokenizerFast", chat_template=CHAT_TEMPLATE)
+    about |= dict(eos_token=SPECIALS[EOS], pad_token=SPECIALS[PAD], padding_side="left")
+    about |= dict(model_max_length=c.context, clean_up_tokenization_spaces=False)
+    about |= dict(model_input_names=["input_ids", "attention_mask"])
+    files = {"tokenizer": _tokenizer(), "tokenizer_config": about, "config": config}
+    if policy:  # generate() then samples as ours does: the whole softmax, at temperature 1
+        law = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+        files["generation_config"] = {**law, "max_new_tokens": c.context // 2, **ids}
+    else:  # Llama's head has no bias: the reader of its number subtracts the mean to have r
+        config |= dict(num_labels=1, mean=model.offset.item(), std=1.0)
+    write(folder / "model.safetensors", _safetensors(model))
+    for name, content in files.items():
+        write(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
+
+
+def _safetensors(model: Transformer) -> bytes:
+    """The header's length in 8 bytes; the header, JSON: where each weight is; the weights."""
+    c, header, data = model.config, {"__metadata__": {"format": "pt"}}, bytearray()
+    kv = c.channels // c.heads * c.kv_heads
+    for ours, weight in model.named_parameters():  # blocks.i.part.weight, or part.weight
+        *block, part, _ = ours.split(".")
+        layer = f"model.layers.{block[1]}." if block else ""
+        rows = [c.channels, kv, kv] if part == "qkv" else len(weight) // len(LLAMA[part])
+        for name, w in zip(LLAMA[part], weight.split(rows)):
+            start = len(data)
+            data += struct.pack(f"<{w.numel()}f", *w.flatten().tolist())  # little-endian
+            where = {"shape": list(w.shape), "data_offsets": [start, len(data)]}
+            header[f"{layer}{name}.weight"] = {"dtype": "F32", **where}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the weights begin at a multiple of 8
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def _tokenizer() -> dict:
+    """`encode` as a BPE without merges: a regex splits the text; a part that is a piece becomes
+    its id (ignore_merges), any other the ids of its bytes. Specials are found in text by name,
+    which `encode` never does: do not let a stranger's prompt spell <|assistant|>."""
+    # JSON has no bytes. GPT-2's way: each has a letter, its own if Latin-1 can print it
+    own, free = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+    letters = [chr(byte if byte in own else next(free)) for byte in range(256)]
+    names = [*SPECIALS, *("".join(letters[byte] for byte in piece) for piece in PIECES[4:])]
+    ids = {name: i for i, name in enumerate(names)}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": x, "special": True, **plain} for i, x in enumerate(SPECIALS)]
+    to_letters = dict.fromkeys(("add_prefix_space", "trim_offsets", "use_regex"), False)
+    to_letters["type"] = "ByteLevel"
+    regex = {"Regex": r" ?[\p{L}\p{N}_]+|[\s\S]"}  # encode's: \w in Python is [\p{L}\p{N}_]
+    split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
+    steps = {"type": "Sequence", "pretokenizers": [split, to_letters]}
+    bpe = {"type": "BPE", "vocab": ids, "merges": [], "ignore_merges": True}
+    return dict(added_tokens=added, pre_tokenizer=steps, model=bpe, decoder=to_letters)
+
+
+def export_run(cfg) -> None:
+    """`export` from the command line."""
+    try:
+        model = read_model(Path(cfg.runs) / cfg.run)
+    except ValueError as error:
+        fail(f"{error}; name another")
+    export(model, Path(cfg.folder))
+    say(f"{cfg.folder}: {cfg.run}, to be loaded as a Llama model")
+
+
 # ---------------------------------------------------------------------------- command line
 
 
@@ -1263,12 +1366,23 @@ class Sample(Report):
     best: bool = arg(False, "print only the answer with the highest r: best of n")
 
 
+@dataclass
+class Export:
+    """python common.py export RUN FOLDER: for whatever loads Llama models."""
+
+    run: str = arg(MISSING, "a policy or a reward model, under --runs")
+    folder: str = arg(MISSING, "where its files go")
+    runs: str = arg("runs", "the folder of all runs")
+
+
 if __name__ == "__main__":
     match sys.argv.pop(1) if len(sys.argv) > 1 else "--help":
         case "report":
             start(report, Report, Report.__doc__)
         case "sample":
             start(sample, Sample, Sample.__doc__)
+        case "export":
+            start(export_run, Export, Export.__doc__)
         case "--help" | "-h":
             say(__doc__)
         case word:
