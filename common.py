@@ -512,12 +512,14 @@ def held_out(prompt: str) -> bool:
 
 def split(rows: list) -> tuple[list, list]:
     """Prompts, or rows with a prompt -> (training part, held-out part). If all prompts fall
-    on one side (as in selected.jsonl), every sixth of them is held out."""
+    on one side (as in selected.jsonl), another sixth of them is held out: it depends on the
+    prompt alone, not on which rows around it could be used."""
     asked = [row if isinstance(row, str) else row["prompt"] for row in rows]
     prompts = list(dict.fromkeys(asked))
     held = {prompt for prompt in prompts if held_out(prompt)}
     if len(held) in (0, len(prompts)):
-        held = set(prompts[::6])
+        held = {x for x in prompts if zlib.crc32(x.encode()) // 6 % 6 == 0}
+        held = held or set(prompts[:1])
     pairs = list(zip(rows, asked))
     return [r for r, x in pairs if x not in held], [r for r, x in pairs if x in held]
 
@@ -561,7 +563,7 @@ def collect_comparisons(policy: Transformer, n: int, path: Path) -> None:
             for asked, rollout in samples(policy, prompts, 2, 24):
                 answers = list(zip(completions(rollout), rollout.finished.tolist()))
                 for prompt, a, b in zip(asked[::2], answers[::2], answers[1::2]):
-                    if a == b or not (a[0].strip() and b[0].strip()):
+                    if a[0] == b[0] or not (a[0].strip() and b[0].strip()):
                         continue
                     gap = gold_reward(prompt, *a) - gold_reward(prompt, *b)
                     if random.random() > 1 / (1 + math.exp(-gap)):
@@ -584,7 +586,7 @@ def say(text: str = "") -> None:
     try:
         print(text, flush=True)
     except OSError:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def fail(message: str, code: int = 2) -> None:
@@ -620,24 +622,25 @@ def flatten_turns(row: dict, at: str) -> None:
     """Make plain strings of the usual chat formats, in place: `messages`, and prompt,
     completion, chosen, rejected as lists of turns, whose content is a string or text parts.
     Anything but one user turn and one answer ends the program."""
-    if "messages" in row:
-        row["prompt"], row["completion"] = row["messages"], row["messages"]
-    for key in ("completion", "chosen", "rejected", "prompt"):
+    if row.get("messages") is not None:
+        row["completion"] = row["messages"]
+    for key in ("prompt", "completion", "chosen", "rejected"):
         if not isinstance(row.get(key), list):
             continue
         roles, texts = ["user"] if key == "prompt" else ["assistant"], []
-        if len(row[key]) == 2 and (key != "prompt" or "messages" in row):
+        if len(row[key]) == 2 and key != "prompt":
             roles = ["user", "assistant"]  # the prompt stands before the answer
         for turn in row[key]:
             content = turn.get("content") if isinstance(turn, dict) else None
             if isinstance(content, list):
-                content = "".join(str(p.get("text")) for p in content if isinstance(p, dict))
+                parts = [p.get("text") if isinstance(p, dict) else None for p in content]
+                content = "".join(parts) if all(isinstance(p, str) for p in parts) else None
             texts.append(content)
         if [turn.get("role") for turn in row[key] if isinstance(turn, dict)] != roles:
             fail(f"{at} {key} must be one user turn and one assistant turn, no more")
-        if len(roles) == 2 and row.setdefault("prompt", texts[0]) not in (texts[0], row[key]):
+        if len(roles) == 2 and row.setdefault("prompt", texts[0]) != texts[0]:
             fail(f"{at} {key} answers another prompt")
-        row[key] = texts[0] if key == "prompt" else texts[-1]
+        row[key] = texts[-1]
 
 
 def read_jsonl(path: str | Path, keys: tuple[str, ...], room: int = 1, context: int = 512):
@@ -687,11 +690,16 @@ def answer_ids(row: dict, key: str = "completion") -> tuple[list[int], list[int]
     return chat(row["prompt"]), encode(row[key]) + end
 
 
+def check_finite(folder: Path, model: Transformer) -> None:
+    """Weights that are not finite end the program before anything is replaced."""
+    if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+        fail(f"{folder}: the weights are not finite, nothing is saved; try a lower --lr", 1)
+
+
 def save_model(folder: Path, model: Transformer, made: dict) -> None:
     """folder/model.pt: weights, model config, and the flags it was made with."""
+    check_finite(folder, model)
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    if not all(weight.isfinite().all() for weight in weights.values()):
-        fail(f"{folder}: the weights are not finite, nothing is saved; try a lower --lr", 1)
     saved = {"head": model.kind, "config": asdict(model.config), "made": made}
     buffer = io.BytesIO()
     torch.save(saved | {"vocabulary": VOCABULARY, "weights": weights}, buffer)
@@ -703,10 +711,12 @@ def read_model(folder: Path) -> Transformer:
     content = read(folder / "model.pt")
     try:  # weights_only: a stranger's file can hold tensors and numbers, not code to run
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        model = Transformer(ModelConfig(**saved["config"]), saved["head"])
+        with torch.random.fork_rng(devices=[]):  # weights drawn to be replaced cost no seed
+            model = Transformer(ModelConfig(**saved["config"]), saved["head"])
         model.load_state_dict(saved["weights"])
         assert saved["vocabulary"] == VOCABULARY, "other words in its vocabulary"
-        assert all(w.isfinite().all() for w in model.parameters()), "weights not finite"
+        assert model.kind in ("lm", "scalar"), "no such head"
+        assert all(w.isfinite().all() for w in model.state_dict().values()), "not finite"
     except Exception as error:
         raise ValueError(f"{folder}/model.pt is no checkpoint of ours ({error!r})") from error
     return model
@@ -805,6 +815,7 @@ class Run:
 
     def save(self, folder: Path) -> None:
         """The weights last: where they are, the files about them are there too."""
+        check_finite(folder, self.model)
         flags, text = asdict(self.cfg), io.StringIO()
         if self.rows:
             table = csv.DictWriter(text, self.rows[0], lineterminator="\n")
@@ -830,19 +841,27 @@ MAKERS |= {"rejection_sampling": "rejection_sampling.py"}
 PAIRS = 20_000  # comparisons that a missing file is filled with
 
 
+def run_config(folder: Path) -> dict:
+    """config.json, how a run was made; nothing of one that came without."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def check_inputs(cfg, *names: str) -> None:
     """Before anything is made: a model that is missing, and not made by the recipe, ends the
     program, and so does an unfinished run of the reader's own in the recipe's place."""
     for name in names:
-        folder, stopped = Path(cfg.runs) / name, Path(cfg.runs) / f"{name}_stopped/config.json"
+        folder, stopped = Path(cfg.runs) / name, Path(cfg.runs) / f"{name}_stopped"
         if ".py:" in name or (folder / "model.pt").exists():
             continue
         if name not in RECIPE:
             maker = MAKERS.get(name, f"SCRIPT.py --out {name}")
             fail(f"{folder}/model.pt is not there: python {maker} --runs {cfg.runs} makes it")
-        flags = json.loads(read(stopped))["flags"] if stopped.exists() else {}
+        flags = run_config(stopped).get("flags", {})
         if flags.get("data") or flags.get("raw"):
-            fail(f"{folder} is needed, but {stopped.parent} is unfinished: finish or delete it")
+            fail(f"{folder} is needed, but {stopped} is unfinished: finish or delete it")
 
 
 def load_run(cfg, name: str, head: str, device: torch.device) -> Transformer:
@@ -917,7 +936,8 @@ def load_reward(cfg, source: str, device: torch.device) -> Reward:
             return work()
         except (Exception, SystemExit) as error:
             calls = traceback.extract_tb(error.__traceback__)
-            lines = [call.lineno for call in calls if call.filename == str(path)] or [0]
+            lines = [call.lineno for call in calls if call.filename == str(path)]
+            lines = lines or [getattr(error, "lineno", 0)]
             fail(f"--reward {file}:{lines[-1]}: {error!r}")
 
     sys.path.insert(0, str(path.parent))  # so that it can import its neighbours
@@ -933,7 +953,7 @@ def load_reward(cfg, source: str, device: torch.device) -> Reward:
         values = checked(lambda: [float(x) for x in function(list(prompts), list(texts))])
         values = torch.tensor(values)
         if len(values) != len(texts) or not values.isfinite().all():
-            i = int((~values.isfinite()).long().argmax()) if len(values) else 0
+            i = int((~values[: len(texts)].isfinite()).long().argmax()) if len(values) else 0
             wrong = f"{len(values)} numbers for {len(texts)} answers, among them"
             wrong += f" {values[i : i + 1].tolist()} for {prompts[i]!r} and {texts[i]!r}"
             fail(f"--reward {source} gave {wrong}")
@@ -1001,8 +1021,8 @@ def print_table(cfg, found: dict[str, dict], ref: str, reward_name: str) -> None
         ]
         cells += [f"{win_rate(run['gold'], found[ref]['gold']):.2f}"]
         cells += [f"{run[k].mean():.{d}f}" for k, d in (("right", 2), ("length", 1))]
-        about = json.loads(read(Path(cfg.runs) / name / "config.json"))
-        cells += [f"{run['finished'].mean():.3f}", f"{about['seconds']:.0f}"]
+        seconds = run_config(Path(cfg.runs) / name).get("seconds", math.nan)
+        cells += [f"{run['finished'].mean():.3f}", f"{seconds:.0f}"]
         cells = ["–" if "nan" in cell else cell for cell in cells]
         say(f"{name:20s}" + "".join(f"{cell:>{w}s}" for cell, w in zip(cells, WIDTHS)))
 
@@ -1077,7 +1097,10 @@ CURVES = ("J", "reward", "kl", "gold", "length")
 
 def learning_curves(folder: Path) -> dict[str, np.ndarray]:
     """The columns of a run's metrics.csv that are in CURVES, as about 12 means each."""
-    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
+    try:
+        table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
+    except (OSError, ValueError):  # a run that came without
+        return {}
     if table.ndim == 0:  # a single step
         return {}
     cuts = range(0, len(table), max(1, len(table) // 12))
@@ -1098,7 +1121,7 @@ def draw(cfg, found: dict[str, dict], device: torch.device) -> None:
     for name, run in found.items():
         folder, known = Path(cfg.runs) / name, name in FIVE
         style = {"color": f"C{FIVE.index(name)}" if known else "0.7", "zorder": 2 + known}
-        flags = json.loads(read(folder / "config.json"))["flags"]
+        flags = run_config(folder).get("flags", {})
         path = learning_curves(folder)
         for axis, key in zip(axes, ("reward", "gold")):
             x, y = run["log_ratio"].mean(), run[key].mean()
@@ -1135,11 +1158,10 @@ def report(cfg) -> None:
     for name in tqdm([cfg.ref, *(n for n in names if n != cfg.ref)], disable=not PROGRESS):
         try:
             policy = read_model(Path(cfg.runs) / name).to(device)
+            if policy.kind == "lm":
+                found[name] = evaluate(policy, reference, reward, prompts, cfg.max_new_tokens)
         except ValueError as error:
-            say(f"skipped: {error}")
-            continue
-        if policy.kind == "lm":
-            found[name] = evaluate(policy, reference, reward, prompts, cfg.max_new_tokens)
+            say(f"skipped: {name}: {error}")
     print_table(cfg, found, cfg.ref, reward_name)
     draw(cfg, found, device)
 
@@ -1160,6 +1182,7 @@ def sample(cfg) -> None:
     )
     rows = zip(scores.tolist(), rollout.logprobs.sum(1).tolist(), completions(rollout))
     for r, logp, text in [max(rows)] if cfg.best else rows:
+        text = text.replace("\n", "⏎")
         say(f"log π {logp:7.2f}" + (f"   r {r:+.2f}" if reward else "") + f"   {text}")
 
 
@@ -1306,7 +1329,7 @@ def parse(config: type, doc: str, words: list[str] | None = None):
                 parser.error(f"{flag} is empty")
             names = value.split(",") if f.name == "comparisons" else [value]
             if f.name in ("init", "ref", "out", "run", "comparisons") and not all(
-                re.fullmatch(r"\w[\w.-]*", name) for name in names
+                re.fullmatch(r"\w[\w.-]{0,60}", name) for name in names
             ):
                 parser.error(f"{flag} {value}: a plain folder name is needed, under --runs")
         elif value is not None and not f.metadata["low"] <= value <= f.metadata["high"]:
@@ -1384,6 +1407,6 @@ if __name__ == "__main__":
         case "export":
             start(export_run, Export, Export.__doc__)
         case "--help" | "-h":
-            say(__doc__)
+            start(lambda cfg: say(__doc__), Report, __doc__)
         case word:
             fail(f"{word} is none of report, sample, export; see python common.py --help")

@@ -11,15 +11,15 @@ model is left to train (chapter "Direct-Alignment Algorithms", eq:dpo_core):
     symbol             here                     made by
     x, y_c, y_r        rows of comparisons      common.comparisons: judged answers of --init
     log π(y|x)         logprobs (B, 2)          response_logprobs: Σ_t, EOS included, nats
-    log π_ref(y|x)     ref_logprobs             the same, once before training
+    log π_ref(y|x)     ref_logprobs             the same function, frozen weights
     log π/π_ref        chosen, rejected         log-ratios; times β the implicit rewards
     β (IPO's τ)        cfg.beta                 price of one nat of KL
     L                  loss                     LOSSES[cfg.loss]
 
 A step, numbered as in the code:
     1  draw a minibatch of pairs
-    2  log π of both answers of each, in one pass
-    3  subtract log π_ref, which was worked out once
+    2  log π and log π_ref of both answers of each, in one pass of each model
+    3  subtract: the log-ratios
     4  descend L
 
     python dpo.py                            makes runs/sft and the comparisons if missing
@@ -123,15 +123,14 @@ def encode_pairs(rows: list[dict], device) -> tuple[Tensor, Tensor]:
 def train(cfg: Config, policy: Transformer, reference: Transformer, rows: list[dict]) -> None:
     """Descend L over the comparisons, and save to runs/`out`."""
     tokens, mask = encode_pairs(rows, policy.device)
-    with torch.no_grad():  # π_ref never changes: once is enough
-        parts = zip(tokens.split(256), mask.split(256))
-        ref_logprobs = torch.cat([response_logprobs(reference, *part) for part in parts])
     optimizer, stream = common.adamw(policy), common.minibatches(cfg.batch, tokens, mask)
     with common.Run(cfg, cfg.out, policy, cfg.steps, ("loss", "margin", "accuracy")) as run:
         for step in run:
-            rows, batch, batch_mask = next(stream)  # 1
+            _, batch, batch_mask = next(stream)  # 1
             logprobs = response_logprobs(policy, batch, batch_mask)  # 2
-            chosen, rejected = (logprobs - ref_logprobs[rows]).unbind(1)  # 3
+            with torch.no_grad():
+                ref_logprobs = response_logprobs(reference, batch, batch_mask)
+            chosen, rejected = (logprobs - ref_logprobs).unbind(1)  # 3
             loss = LOSSES[cfg.loss](chosen, rejected, cfg.beta, cfg.label_smoothing).mean()  # 4
             nll = -(logprobs[:, 0] / batch_mask[:, 0].sum(1)).mean()  # length-normalised
             lr = cfg.lr * (1 - step / cfg.steps)

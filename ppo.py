@@ -285,11 +285,13 @@ def update(
                 step["value_loss"] = loss.detach()
             step["clipped"] = (is_clipped(ratio, A, cfg.clip) & mask).sum() / mask.sum()
             step["ratio_max"] = ratio.max()
+            step["start_ratio"] = torch.maximum(ratio, 1 / ratio).max()
             steps.append(step)
     columns = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}
     means = {"value_loss": None} | {key: column.mean() for key, column in columns.items()}
-    largest = columns["ratio_max"]  # over all updates, and before the first, where ρ must be 1
-    return means | {"ratio_max": largest.max(), "start_ratio": largest[0], "lr": lr}
+    largest = columns["ratio_max"].max()  # over all updates
+    first = columns["start_ratio"][0]  # ρ or 1/ρ before the first update, where both must be 1
+    return means | {"ratio_max": largest, "start_ratio": first, "lr": lr}
 
 
 # ----------------------------------------------------------------------------------- trace
@@ -332,7 +334,7 @@ def trace(
 
     lines += [""]
     for name in ("reinforce", "value", "rloo", "grpo", "gae"):
-        needs = {"value": batch.values.any(), "gae": cfg.estimator == "gae"}
+        needs = {"value": cfg.estimator in ("value", "gae"), "gae": cfg.estimator == "gae"}
         needs |= {"rloo": n > 1, "grpo": n > 1}
         text = "its V is not trained in this run" if name in ("value", "gae") else "needs N > 1"
         if needs.get(name, True):

@@ -121,7 +121,9 @@ def center(cfg: Config, model: Transformer, rows: list[dict]) -> None:
         ids = [common.answer_ids(row, "chosen") for row in rows[:1000]]
     else:
         ids = [common.answer_ids(row) for row in common.demonstrations(1000, cfg.seed)]
-    model.offset += common.score(model, *common.collate(ids, model.device)).mean()
+    tokens, mask = common.collate(ids, model.device)
+    parts = zip(tokens.split(256), mask.split(256))
+    model.offset += torch.cat([common.score(model, t, m) for t, m in parts]).mean()
 
 
 @torch.no_grad()

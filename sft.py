@@ -180,8 +180,11 @@ def main(cfg: Config) -> None:
     if cfg.channels % 32:
         common.fail(f"--channels {cfg.channels}: a multiple of 32 is needed")
     device = common.pick_device(cfg.device)
+    context = cfg.context
+    if there and not cfg.raw:  # it has a context of its own
+        context = common.load_run(cfg, cfg.init, "lm", device).config.context
     if cfg.data:
-        rows = common.read_jsonl(cfg.data, ("prompt", "completion"), context=cfg.context)
+        rows = common.read_jsonl(cfg.data, ("prompt", "completion"), context=context)
     else:
         rows = common.demonstrations(cfg.demonstrations, cfg.seed)
     train_rows, held_rows = common.split(rows)

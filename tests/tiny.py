@@ -162,8 +162,6 @@ def number(tokens: Tensor, mask: Tensor, longest: int = LONGEST) -> Tensor:
 class Table:
     """r(x, y) as a plain table (M, 40), called as ppo.collect calls a reward model."""
 
-    source = "table"
-
     def __init__(self, r: Tensor, longest: int = LONGEST):
         self.r, self.longest = r, longest
 
