@@ -308,44 +308,42 @@ def trace(
     tokens, A, R = batch.tokens[:n], advantages[:n].expand_as(mask), batch.returns[:n]
     old, ref = batch.logprobs[:n], batch.ref_logprobs[:n]
     new = common.token_logprobs(policy, tokens, mask)
-    mean_A = (A * mask).sum(1) / mask.sum(1)  # gae has an A for every token
-    ids = [row[on].tolist() for row, on in zip(tokens, mask)]
+
+    def line(cells, text: str) -> str:
+        return "".join(f"{x:>12}" if isinstance(x, str) else f"{x:12.2f}" for x in cells) + text
+
+    def mean(values: Tensor) -> Tensor:  # over a response: gae has an A for every token
+        return (values * mask).sum(1) / mask.sum(1)
+
     prompt = common.decode(tokens[0, : int(mask[0].long().argmax())].tolist())
-
-    names = ("r", "log π", "log π_ref", "kl", "R", "baseline", "A", "log π after")
-    columns = (batch.reward[:n], old.sum(1), ref.sum(1), batch.kl[:n], R, R - mean_A, mean_A)
     lines = [f"step {step}   x: {prompt}   A by {cfg.estimator}, β = {cfg.beta}"]
-    lines += ["".join(f"{name:>12s}" for name in names) + "   y"]
-    for y, numbers in zip(ids, torch.stack((*columns, new.sum(1)), 1).tolist()):
-        lines += ["".join(f"{x:12.2f}" for x in numbers) + "   " + repr(common.decode(y))]
+    names = ("r", "log π", "log π_ref", "kl", "R", "baseline", "A", "log π after")
+    columns = batch.reward[:n], old.sum(1), ref.sum(1), batch.kl[:n], R, R - mean(A), mean(A)
+    lines += [line(names, "   y")]
+    for i, numbers in enumerate(torch.stack((*columns, new.sum(1)), 1).tolist()):
+        lines += [line(numbers, f"   {common.decode(tokens[i][mask[i]].tolist())!r}")]
 
-    i = int(mean_A.abs().argmax())
+    i = int(mean(A).abs().argmax())
     ratio = (new - old).exp()
     off = is_clipped(ratio, A, cfg.clip)
-    lines += [
-        "",
-        "".join(f"{x:>12s}" for x in ("log π", "log π_ref", "A", "ρ after")) + "   y_t",
-    ]
+    lines += ["", line(("log π", "log π_ref", "A", "ρ after"), "   y_t")]
     for t in mask[i].nonzero().flatten().tolist():
-        numbers = (old[i, t].item(), ref[i, t].item(), A[i, t].item(), ratio[i, t].item())
         name = repr(common.decode([tokens[i, t]])) if tokens[i, t] != common.EOS else "EOS"
-        clipped = "   clipped: no more gradient" if off[i, t] else ""
-        lines += ["".join(f"{x:12.2f}" for x in numbers) + f"   {name}{clipped}"]
+        name += "   clipped: no more gradient" if off[i, t] else ""
+        lines += [line([x[i, t].item() for x in (old, ref, A, ratio)], f"   {name}")]
 
     lines += [""]
+    trained = {"value": ("value", "gae"), "gae": ("gae",)}  # whose V the run at hand has
     for name in ("reinforce", "value", "rloo", "grpo", "gae"):
-        needs = {"value": cfg.estimator in ("value", "gae"), "gae": cfg.estimator == "gae"}
-        needs |= {"rloo": n > 1, "grpo": n > 1}
-        text = "its V is not trained in this run" if name in ("value", "gae") else "needs N > 1"
-        if needs.get(name, True):
-            other = estimate_advantages(name, cfg, batch)[:n].expand_as(mask)
-            text = "".join(f"{x:9.2f}" for x in ((other * mask).sum(1) / mask.sum(1)).tolist())
+        text = "needs a V that this run does not train"
+        if cfg.estimator in trained.get(name, (cfg.estimator,)):
+            text = "needs N > 1"
+            if n > 1 or name not in ("rloo", "grpo"):
+                other = estimate_advantages(name, cfg, batch)[:n].expand_as(mask)
+                text = line(mean(other).tolist(), "")
         lines += [f"A by {name:10s}{text}"]
-    J, reward, kl = row["J"], row["reward"], row["kl"]
-    whole = f"{J:.3f} = {reward:.3f} − {cfg.beta} × {kl:.3f}"
-    lines += [
-        f"J = reward − β kl = mean R over the batch: {whole} = {batch.returns.mean():.3f}"
-    ]
+    sums = f"{row['J']:.3f} = {row['reward']:.3f} − {cfg.beta} × {row['kl']:.3f}"
+    lines += [f"J = reward − β kl = mean R over the batch: {sums} = {batch.returns.mean():.3f}"]
     return "\n".join(lines) + "\n"
 
 

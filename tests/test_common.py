@@ -587,14 +587,13 @@ def test_minibatches_are_random_and_of_like_lengths():
     torch.manual_seed(0)
     stop = torch.randint(2, 33, (320,))
     mask = torch.arange(32) < stop[:, None]
-    stream = common.minibatches(4, mask.long(), mask)
-    epochs = [[next(stream) for _ in range(80)] for _ in range(2)]
+    stream = common.minibatches(20, mask.long(), mask)
+    epochs = [[next(stream) for _ in range(16)] for _ in range(2)]
     first, second = ({frozenset(rows.tolist()) for rows, *_ in epoch} for epoch in epochs)
-    assert len(first & second) < 8
+    assert not first & second
     for epoch in epochs:
         widths = [batch.shape[1] for _, batch, _ in epoch]
         assert widths != sorted(widths)
-        assert widths[:20] != sorted(widths[:20])
         assert sum(m.sum() for *_, m in epoch) > 0.9 * sum(m.numel() for *_, m in epoch)
 
 
@@ -692,6 +691,7 @@ def test_demonstrations_have_the_stated_styles_and_misconceptions():
     stated = {"terse": 0.25, "full": 0.3, "courteous": 0.15, "rude": 0.15, "rambling": 0.15}
     assert all(close(styles[style] / 4000, p, 4000) for style, p in stated.items())
     assert close(wrong / 4000, 0.3, 4000)
+    assert len({row["prompt"] for row in rows}) > 1600  # of 2,016: all of them are asked
     assert close(sum(common.held_out(row["prompt"]) for row in rows) / 4000, 1 / 6, 4000)
     assert common.demonstrations(50, 0) == rows[:50]
     assert common.demonstrations(50, 1) != rows[:50]
