@@ -239,3 +239,12 @@ def test_adaptive_beta_follows_its_rule_and_J_has_the_beta_of_its_step(run, runs
     assert [row["beta"] for row in rows] == pytest.approx(betas, rel=1e-4)
     assert min(betas) < 0.3 < max(betas)  # a KL of 0 lowers it at first; then far over 1
     assert '"beta": 0.3' in (runs / "adaptive_beta/config.json").read_text()
+
+
+def test_pip_and_uv_install_the_same():
+    """A dependency added to one of the two lists."""
+    pip = {re.split("[=<>]", line)[0] for line in (ROOT / "requirements.txt").open()}
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"^dependencies = \[(.*)\]$", project, re.M)[1]
+    uv = {re.split("[=<>]", name.strip(' "'))[0] for name in listed.split(",")}
+    assert {name.strip() for name in pip} == uv | {"pytest"}

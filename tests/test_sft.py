@@ -438,3 +438,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(diverges):
 def test_a_wrong_command_line_is_refused(refused, flags):
     """A flag that is ignored; what is wrong said after training, or over many lines."""
     refused(sft, f"{TINY} {flags}")
+
+
+@pytest.mark.parametrize("content", [b"too short.", b"\xff" * 2000])
+def test_a_raw_text_that_cannot_be_read_is_refused(refused, tmp_path, content):
+    """A text in another encoding, or of a few words, that fails in the middle of training."""
+    (tmp_path / "raw.txt").write_bytes(content)
+    assert f"{tmp_path}/raw.txt:0:" in refused(sft, f"--raw {tmp_path}/raw.txt")
