@@ -386,7 +386,7 @@ def test_every_column_and_the_weights_by_hand(
 
 
 def test_every_batch_by_hand(call, runs, double, steps, closing):
-    """Reference log-probs cached for other rows; --batch that does not arrive; pairs that come
+    """Reference log-probs of other rows; --batch that does not arrive; pairs that come
     twice in an epoch, or never: an epoch of minibatches, the last of them smaller."""
     train = parted(judged(runs))[0]
     n = math.ceil(len(train) / 8)
@@ -413,7 +413,7 @@ def test_every_batch_by_hand(call, runs, double, steps, closing):
 )  # fmt: skip
 def test_every_batch_starts_from_the_reference(call, runs, pairs, closing, flags, loss):
     """With lr 0 policy = reference for an epoch: a loss other than step 0's (ln 2, 1/(4τ²), 1)
-    says that the reference log-probs, cached 256 pairs at a time, are those of another row."""
+    says that the reference log-probs are those of another row, or of another model."""
     lines = "".join(json.dumps(row) + "\n" for row in pairs(400))
     common.write(runs / "many/comparisons.jsonl", lines)
     rows = call(dpo, f"--steps 6 --batch 64 --lr 0 --comparisons many --out new {flags}")
