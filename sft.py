@@ -113,7 +113,9 @@ def read_text(path: str) -> str:
 
 
 def raw_windows(text: str, width: int = 32) -> tuple[Tensor, Tensor]:
-    """The text cut into B windows: tokens (B, T), and a mask that is True everywhere."""
+    """The text cut into B windows: tokens (B, T), and a mask that is True everywhere. Nothing
+    stands before a window's first token: it counts with a log-prob of 0, so that the base
+    model's loss is 31/32 of the mean over the other tokens."""
     ids = torch.tensor(common.encode(text))
     width = min(width, len(ids))
     tokens = ids[: len(ids) // width * width].view(-1, width)

@@ -239,9 +239,9 @@ def law(model: nn.Module, temperature: float = 1.0) -> Tensor:
 
 
 @functools.cache
-def sample(model: nn.Module, temperature: float = 1.0) -> common.Rollout:
+def sample(model: nn.Module, temperature: float = 1, seed: int = 0) -> common.Rollout:
     """N samples per prompt, drawn in one ragged batch."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return common.generate(model, [x for x in PROMPTS for _ in range(N)], 3, temperature)
 
 
@@ -252,16 +252,19 @@ def test_completions_are_all_there_is(model):
     assert (law(model).sum(1) - 1).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize(("model", "temperature"), [(POLICY, 1), (GROUPED, 1), (POLICY, 0.9)])
-def test_generate_samples_from_exactly_pi(model, temperature):
+DRAWN = [(POLICY, 1, 0), (GROUPED, 1, 1), (POLICY, 0.9, 2), (GROUPED, 1, 3), (POLICY, 1, 4)]
+
+
+@pytest.mark.parametrize(("model", "temperature", "seed"), DRAWN)
+def test_generate_samples_from_exactly_pi(model, temperature, seed):
     """A wrong position, cache, CDF or temperature: each shifts some completion's frequency."""
-    assert small.fits(sample(model, temperature), law(model, temperature)) > 1e-4
+    assert small.fits(sample(model, temperature, seed), law(model, temperature)) > 1e-4
 
 
 def test_the_sampling_test_sees_a_temperature_and_a_lost_eos():
     """The χ² test itself: it must fail for T = 0.9, an EOS out of the mask, or never said."""
-    assert small.fits(sample(POLICY, 0.9), law(POLICY)) < 1e-4
-    honest = sample(POLICY, 1)
+    assert small.fits(sample(POLICY, 0.9, 2), law(POLICY)) < 1e-4
+    honest = sample(POLICY, 1, 0)
     dropped = replace(honest, response_mask=honest.response_mask & (honest.tokens != EOS))
     assert small.fits(dropped, law(POLICY)) < 1e-4
     silent = small.nearby(POLICY, 0.0)
@@ -270,11 +273,11 @@ def test_the_sampling_test_sees_a_temperature_and_a_lost_eos():
     assert small.fits(sample(silent), law(POLICY)) < 1e-4
 
 
-@pytest.mark.parametrize(("model", "temperature"), [(POLICY, 1), (GROUPED, 1), (POLICY, 0.9)])
-def test_what_generate_says_of_its_samples(model, temperature):
+@pytest.mark.parametrize(("model", "temperature", "seed"), DRAWN[:3])
+def test_what_generate_says_of_its_samples(model, temperature, seed):
     """Cached decoding is not the model; the mask misses a token or has one too many;
     `finished` is wrong; log-probs stored for another token or temperature."""
-    rollout, made = sample(model, temperature), small.completions()
+    rollout, made = sample(model, temperature, seed), small.completions()
     y = small.number(rollout.tokens, rollout.response_mask)
     assert (y >= 0).all()  # every one is finished or of full length
     assert torch.equal(rollout.finished, torch.tensor([c[-1] == EOS for c in made])[y])
@@ -826,7 +829,8 @@ def test_a_closed_pipe_or_a_full_disk_behind_stdout_ends_nothing(monkeypatch):
             common.say("two")
             assert sys.stdout is not stream
             stream.close()
-        with open(descriptor, "w", closefd=False) as stream, contextlib.suppress(OSError):
+        # stderr is line-buffered
+        with open(descriptor, "w", 1, closefd=False) as stream, contextlib.suppress(OSError):
             monkeypatch.setattr(sys, "stderr", stream)
             with pytest.raises(SystemExit) as stopped:
                 common.fail("three", 7)
