@@ -1,9 +1,10 @@
 """Plumbing shared by the five scripts: no loss, advantage or selection rule stands here.
 
-    the world, in tables · tokens · Transformer · generate · log-probs, values, scores · steps
-    the world, at work   · files · runs · inputs · closing table · report · export
+    Transformer · generate · log-probs, values, scores · steps
+    the world, in tables · tokens · the world, at work
+    files · runs · inputs · closing table · report · export · command line
 
-The algorithms need the first line; a reader of the book can stop after it.
+The sections stand in this order. To understand the algorithms, the first line is enough.
 
 Shapes: B rows, T positions, V vocabulary, C channels, N samples per prompt, M prompts.
 Every (B, T) tensor is aligned with `tokens`: column t is about token t.
@@ -326,8 +327,8 @@ def minibatches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Random minibatches without end: (row indices, tokens, mask), `size` rows each.
 
-    In an epoch, ⌈rows / size⌉ minibatches, every row comes once. Rows of a like length stand
-    together, and columns that are padding in all of them are cut off. tokens and mask are
+    In an epoch, ⌈rows / size⌉ minibatches, every row comes once. Rows of similar length are
+    grouped, and columns that are padding in all of them are cut off. tokens and mask are
     (rows, T), or (rows, 2, T) for pairs."""
     column = torch.arange(1, tokens.shape[-1] + 1, device=tokens.device)
     lengths = (mask * column).flatten(1).amax(1).cpu()
@@ -350,8 +351,8 @@ MAX_NORM = 100.0
 
 
 def descend(loss: Tensor, model: nn.Module, optimizer, lr: float) -> Tensor:
-    """One step of gradient descent; returns the gradient's norm, (). A norm above MAX_NORM
-    is cut to it: a net under a bad batch, which ordinary steps do not touch."""
+    """One step of gradient descent; returns the gradient's norm, (). Gradients are
+    clipped to norm MAX_NORM, a safety net for bad batches; ordinary steps stay below it."""
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
@@ -1126,14 +1127,17 @@ def draw(cfg, found: dict[str, dict], device: torch.device) -> None:
         for axis, key in zip(axes, ("reward", "gold")):
             x, y = run["log_ratio"].mean(), run[key].mean()
             axis.plot(x, y, "o", markersize=9 if known else 5, **style)
-            axis.annotate(f" {name}", (x, y), fontsize=9 if known else 6, color=style["color"])
+            size, offset = (9, (7, -9)) if known else (6, (4, 3))
+            beside = {"xytext": offset, "textcoords": "offset points"}
+            axis.annotate(name, (x, y), fontsize=size, color=style["color"], **beside)
             # a path has the rewards it was trained on, which may not be this table's
             if "kl" in path and (key == "gold" or flags.get("reward") == cfg.reward):
                 axis.plot(path["kl"], path[key], alpha=0.5, **style)
             axis.set(xlabel=f"KL to {cfg.ref}, nats per response", ylabel=key)
         for axis, key in zip(panels, CURVES):
             if key in path:
-                axis.plot(np.linspace(0, 1, len(path[key])), path[key], label=name, **style)
+                share = np.linspace(0, 1, len(path[key]))
+                axis.plot(share, path[key], label=name if known else None, **style)
             axis.set(title=key, xlabel="share of training")
     panels[1].legend(fontsize=7)
     if found[cfg.ref]["prompts"][0] in QUESTIONS:

@@ -1,8 +1,8 @@
 """Direct alignment: the same objective straight from comparisons, without a reward model.
 
 The policy that maximises J(π) = E[r(x, y)] − β KL(π ‖ π_ref) (eq:rlhf_opt_eq) is known in
-closed form, π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x) (eq:dpo_opt_policy). So a policy says
-what reward it is optimal for: r(x, y) = β log π(y|x)/π_ref(y|x) + β log Z(x)
+closed form, π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x) (eq:dpo_opt_policy). Solved for r,
+every policy is optimal for the reward r(x, y) = β log π(y|x)/π_ref(y|x) + β log Z(x)
 (eq:dpo_reward_full). In Bradley-Terry's likelihood of a pair Z(x) cancels, and no reward
 model is left to train (chapter "Direct-Alignment Algorithms", eq:dpo_core):
 
@@ -71,8 +71,9 @@ class Config:
 
 # ------------------------------------------------------------------------------- the maths
 # Each loss takes log-ratios log π(y|x) − log π_ref(y|x), (B,), in nats and returns one value
-# per pair, (B,). ε (label_smoothing), a number or (B,), is the probability that the label is
-# flipped: the loss is its mean over the label, of h as labelled and of −h if flipped.
+# per pair, (B,). h is the chosen log-ratio minus the rejected one. ε (label_smoothing), a
+# number or (B,), is the assumed probability that the label is wrong: each loss is
+# (1 − ε) loss(h) + ε loss(−h).
 
 
 def dpo(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing=0.0) -> Tensor:
@@ -84,14 +85,14 @@ def dpo(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing=0.0) -> T
 
 
 def ipo(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing=0.0) -> Tensor:
-    """IPO, τ = beta, nats²: regresses h, so that certain labels do not push it to infinity."""
+    """IPO, τ = beta, nats²: fits h to 1/(2τ), so that sure labels do not push it to ∞."""
     h, eps, target = chosen - rejected, label_smoothing, 1 / (2 * beta)
     # L = (1 − ε) (h − 1/(2τ))² + ε (−h − 1/(2τ))²
     return (1 - eps) * (h - target) ** 2 + eps * (-h - target) ** 2
 
 
 def hinge(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing=0.0) -> Tensor:
-    """SLiC's hinge on log-ratios, as in RSO: a pair whose h has reached 1/β is done."""
+    """SLiC's hinge on log-ratios, as in RSO: with ε = 0 a pair with h ≥ 1/β is done."""
     h, eps = chosen - rejected, label_smoothing
     # L = (1 − ε) max(0, 1 − β h) + ε max(0, 1 + β h)
     return (1 - eps) * F.relu(1 - beta * h) + eps * F.relu(1 + beta * h)

@@ -9,7 +9,7 @@
     π (π^RL)       policy, logprobs             common.token_logprobs
     π_ref          reference, ref_logprobs      the same function, frozen weights
     KL, β          kl (nats), cfg.beta          response_return: Σ_t log π − log π_ref
-    R              returns                      response_return: one sample of J's integrand
+    R              returns                      response_return: a one-sample estimate of J
     V(x)           values                       common.token_values: before y has begun
     A              advantages                   estimate_advantages
     J              J = reward − β kl            logged, with reward and kl, every step
@@ -30,15 +30,15 @@ The book's algorithms (chapter "Reinforcement Learning"), and what differs here:
     REINFORCE   --estimator reinforce --epochs 1 --minibatches 1    its baseline b(s) is 0
     RLOO        --estimator rloo --epochs 1 --minibatches 1         nothing
     PPO         --estimator gae       a sum over a response's tokens, without the book's 1/|a|
-    GRPO        --estimator grpo      the same, and the KL is in the return, not in the loss
+    GRPO        --estimator grpo      also without 1/|a|; the KL is in R, not in the loss
     (default)   --estimator value     PPO's ratio and clip, but one A for the whole response
 
     python ppo.py                            the whole recipe: first trains what is missing
     python ppo.py --estimator rloo --out ppo_rloo
     python ppo.py --beta 0 --out ppo_beta0   over-optimisation
 
-Look at: J and reward rising while kl stays at a few nats, and gold, on which nothing here
-trains, rising with them. Reward up and gold down is over-optimisation: raise β or get a
+Look at: J and reward rising while kl stays at a few nats, and gold, which no loss here
+uses, rising with them. Reward up and gold down is over-optimisation: raise β or get a
 better reward model. trace.txt follows one prompt through a step, symbol by symbol.
 `rollout_row` and `update` explain every column of metrics.csv.
 """
@@ -83,7 +83,7 @@ class Config:
 def response_return(
     score: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """One sample of J's integrand per row, and the KL inside it: (returns, kl), both (B,).
+    """A one-sample estimate of J per row, and the KL in it: (returns, kl), both (B,).
 
     score (B,) is r(x, y); log-probs and mask are (B, T). kl, in nats per response, is the
     estimator called k1, log π − log π_ref: its mean over y ~ π is KL(π ‖ π_ref) exactly
@@ -116,8 +116,9 @@ def rloo(returns: Tensor, n: int) -> Tensor:
 def grpo(returns: Tensor, n: int) -> Tensor:
     """Group-normalised advantages (B,); equal returns give exactly 0. eq:GRPO_ADV
 
-    Not an ascent of J: every prompt's spread counts the same. With n = 2 only the order of
-    the two returns counts, and the objective becomes twice the win rate.
+    Not gradient ascent on J: dividing by std gives every prompt the same weight. With n = 2
+    only the order of the two returns counts, and the gradient is that of twice the win
+    rate, by R, against the policy that sampled.
     """
     # A_i = (R_i − mean R) / std R
     groups = returns.view(-1, n)
@@ -156,9 +157,9 @@ def policy_loss(
     Summed over a response's tokens and averaged over responses; eq:PPO_EQN_EXPANDED divides
     by |a| too. At ratio 1 the gradient is REINFORCE's with a baseline
     (eq:REINFORCE_with_baseline): its mean over y ~ π is −∇J, unless A is biased, as with
-    `grpo` or λ < 1. Why is ρ per token, where the whole response is one action? A product
-    of ten ratios leaves 1 ± ε at once; at ρ = 1 both have the same gradient (section "MDP
-    vs. Bandit Framing").
+    `grpo`, or λ < 1 and an inexact V. ρ is per token although the whole response is one
+    action, because a product of ten token ratios soon lies outside 1 ± ε. At ρ = 1 both have
+    the same gradient (section "MDP vs. Bandit Framing").
     """
     # ρ_t = π(y_t | x, y_<t) / π_old(y_t | x, y_<t)                           eq:PPO_POL_RATIO
     ratio = (logprobs - old_logprobs).exp()
@@ -174,7 +175,7 @@ def is_clipped(ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
 
 
 def value_loss(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """Half the mean squared error of V over the mask, (B, T) each -> (); reward squared."""
+    """Half the mean squared error of V over the mask, (B, T) each -> (), in units of r²."""
     # L_V = ½ mean (V − target)²
     return 0.5 * ((values - targets).square() * mask).sum() / mask.sum()
 
@@ -228,7 +229,7 @@ def rollout_row(asked, rollout, reward, kl, logprobs, beta) -> dict:
         "reward": reward.mean(),  # mean r(x, y)
         "kl": kl.mean(),  # mean Σ_t log π − log π_ref: KL(π ‖ π_ref), nats per response
         "J": reward.mean() - beta * kl.mean(),  # the objective
-        "gold": sum(gold) / len(gold),  # what the annotators value; nothing trains on it
+        "gold": sum(gold) / len(gold),  # the annotators' true reward; no loss uses it
         "length": mask.sum(1).float().mean(),  # tokens per response, EOS included
         "finished": finished.float().mean(),  # share that ended with EOS
         "entropy": -logprobs.sum() / mask.sum(),  # mean −log π, nats per token
@@ -262,10 +263,15 @@ def estimate_advantages(estimator: str, cfg: Config, batch: Batch) -> Tensor:
 def update(
     cfg: Config, batch: Batch, advantages: Tensor, policy, critic, optimizers, lr: float
 ) -> dict:
-    """Step 5: K epochs of clipped minibatch updates. Before the first one the ratio is 1 and
-    the gradient plain REINFORCE's; with K = 1 and one minibatch it is never anything else.
-    Returns the other columns of metrics.csv, means over the updates unless said otherwise."""
-    targets = advantages + batch.values  # R before the first token; for gae A_t + V(s_t)
+    """Step 5: K epochs of clipped minibatch updates. In the first one the ratio is 1 and the
+    gradient is REINFORCE's, with A; with K = 1 and one minibatch there is no other.
+
+    Returns the other columns of metrics.csv, means over the updates unless said otherwise:
+    `policy_loss`, `value_loss`; `grad_norm` of the policy, before gradient clipping;
+    `clipped`, the share of response tokens whose gradient the clip turned off; `ratio_max`,
+    the largest ρ of any update; `start_ratio`, the largest ρ or 1/ρ in the first update,
+    which must be 1; `lr`."""
+    targets = advantages + batch.values  # value: R, at the first token; gae: A_t + V(s_t)
     steps = []
     for _ in range(cfg.epochs):
         for rows in (
@@ -277,7 +283,7 @@ def update(
             ratio = (logprobs.detach() - old).exp()
             loss = policy_loss(logprobs, old, A, mask, cfg.clip)
             norm = common.descend(loss, policy, optimizers[0], lr)
-            step = {"policy_loss": loss.detach(), "grad_norm": norm}  # before clipping
+            step = {"policy_loss": loss.detach(), "grad_norm": norm}
             if critic:
                 values = common.token_values(critic, tokens, value_mask)
                 loss = value_loss(values, targets[rows], value_mask)

@@ -1,8 +1,9 @@
 """Rejection sampling: draw N answers per prompt, keep the best by reward, imitate them.
 
-The most basic way to raise E[r(x, y)] (chapter "Rejection Sampling"): no gradient passes
-through the reward, and no KL term is paid. Imitating best-of-N answers moves π towards the
-best-of-N policy, whose KL to the sampler is at most log N − (N − 1)/N nats.
+The most basic way to raise E[r(x, y)] (chapter "Rejection Sampling"): there is no
+policy gradient and no KL penalty, only supervised learning on selected answers. Imitating
+best-of-N answers moves π towards the best-of-N policy, whose KL to the sampler is at most
+log N − (N − 1)/N nats.
 
     symbol         here                  made by
     x_1 … x_M      prompts               common.read_prompts
@@ -74,7 +75,8 @@ def top_per_prompt(rewards: Tensor) -> Tensor:
 
 def top_k_overall(rewards: Tensor, k: int) -> Tensor:
     """The k best of all answers: (M, N) -> (k,) flat indices, best first, ties to the lower
-    index; easy prompts may fill it. Raises ValueError for k > M·N. eq:rs_topk_selection"""
+    index. They may all come from easy prompts. Raises ValueError for k > M·N.
+    eq:rs_topk_selection"""
     if not 1 <= k <= rewards.numel():
         raise ValueError(f"top_k {k} of {rewards.numel()} answers: choose at most that many")
     # S_K(R) = argsort(vec R, descending)[:K]

@@ -19,7 +19,7 @@ A step, numbered as in the code:
     3  descend L
 and once, after the last step:
     4  centre r. Comparisons fix r only up to a constant, so the mean score of demonstrations
-       is subtracted and saved with the weights: r = 0 is "as good as a human answer".
+       is subtracted and saved with the weights: r = 0 is an average demonstration.
 
     python reward_model.py                              makes runs/sft and comparisons first
     python reward_model.py --pairs 2000 --out rm_weak   a weak one, for over-optimisation
@@ -27,11 +27,12 @@ and once, after the last step:
                           a second round: new pairs of the policy's answers beside the old ones
 
 Look at: held-out accuracy beside its ceiling. Annotators are noisy, so that even the gold
-reward would agree with only `ceiling` of their choices. Both are free of label noise:
-ceiling = mean σ(|Δgold|), accuracy = mean σ(Δgold · sign Δr). metrics.csv: `loss` (nats per
-pair; ln 2 is chance), `accuracy` (share of the batch's pairs with r_c > r_r), `grad_norm`
-(before clipping), `lr`. The book trains reward models for one epoch, lest they learn labels
-by heart; ours gains from a third, on a model this small.
+reward would agree with only `ceiling` of their choices. Both are expectations over the noisy
+label: ceiling = mean σ(|Δgold|), accuracy = mean σ(Δgold · sign Δr). metrics.csv: `loss`
+(nats per pair; ln 2 is chance), `accuracy` (of the training batch, noisy labels and all: the
+share with r_c > r_r, which the held-out printout calls `labels`), `grad_norm` (before
+clipping), `lr`. The book trains reward models for one epoch, to avoid overfitting; a model
+this small still improves in the third.
 """
 
 import math
@@ -53,7 +54,7 @@ class Config:
     epochs: int = arg(3, "passes over the comparisons", low=1)
     batch: int = arg(32, "pairs per step", low=1)
     lr: float = arg(5e-4, "learning rate, falling to 0", high=1)
-    margin: float = arg(0.0, "m, added to what the chosen score must exceed")
+    margin: float = arg(0.0, "m, how far r_chosen should exceed r_rejected")
     data: str = arg(None, "your own JSONL: {prompt, chosen, rejected}")
     comparisons: str = arg("comparisons", "judged pairs under --runs, or several: a,b")
     max_new_tokens: int = arg(24, "longest answer in the closing table, in tokens", low=1)
@@ -129,7 +130,8 @@ def center(cfg: Config, model: Transformer, rows: list[dict]) -> None:
 @torch.no_grad()
 def accuracies(model: Transformer, rows: list[dict]) -> dict[str, float]:
     """How r orders pairs: `labels`, the share with r_c > r_r; in the world also `accuracy`
-    and `ceiling`, free of label noise, and `order`, the share that gold orders alike."""
+    and `ceiling`, expected over the noisy label, and `order`, the share that gold orders the
+    same way, where it differs."""
     tokens, mask = encode_pairs(rows, model.device)
     scores = [pair_scores(model, t, m) for t, m in zip(tokens.split(256), mask.split(256))]
     gap = torch.cat([chosen - rejected for chosen, rejected in scores]).cpu().double()

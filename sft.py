@@ -15,7 +15,7 @@ response [EOS], with the prompt masked:
 A step, numbered as in the code:
     1  draw a minibatch of rows
     2  log π of every response token
-    3  descend L: the batch's sum over a constant, so that every token weighs the same
+    3  descend L: the batch's sum divided by a constant, so every token weighs the same
 
 The result, runs/sft, is where RLHF starts, and π_ref, from which every KL is measured.
 
@@ -27,7 +27,7 @@ questions put to the base model, which rambles on, and to the SFT model, which a
 stops. metrics.csv: `loss` (nats per token: the batch's sum over the mean token count of a
 batch), `held_out_loss` (the same on held-out rows, empty between measurements), `grad_norm`
 (before clipping), `lr`. Pretraining's rate is usually ten times instruction tuning's or more;
-here both models are so small and so briefly trained that they want much the same.
+here the model is so small and so briefly trained that both stages use similar rates.
 """
 
 import math
@@ -47,14 +47,16 @@ class Config:
     steps: int = arg(300, "instruction tuning: gradient steps", low=1)
     batch: int = arg(64, "rows per step, B", low=1)
     lr: float = arg(2e-3, "instruction tuning: learning rate, falling to 0", high=1)
-    demonstrations: int = arg(2400, "of the built-in world, a sixth of them held out", low=50)
+    demonstrations: int = arg(
+        2400, "how many of the built-in world; a sixth is held out", low=50
+    )
     data: str = arg(None, "your own JSONL: {prompt, completion} or {messages}")
     base_steps: int = arg(200, "base model: gradient steps", low=1)
     base_lr: float = arg(3e-3, "base model: learning rate, falling to 0", high=1)
     raw: str = arg(None, "your own UTF-8 text for the base model, which is made anew")
     layers: int = arg(2, "base model: layers", low=1)
     channels: int = arg(128, "base model: channels C, a multiple of 32", low=32)
-    context: int = arg(512, "base model: most positions T", low=64)
+    context: int = arg(512, "base model: context length T, in tokens", low=64)
     max_new_tokens: int = arg(24, "longest sampled answer, in tokens", low=1)
     init: str = arg("base", "the model to start from, under --runs")
     out: str = arg("sft", "where the result goes, under --runs")

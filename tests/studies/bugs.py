@@ -144,13 +144,6 @@ FORMULAS = [  # a formula is wrong
         "tests/test_ppo.py::test_a_rollout_by_hand",
     ),
     (
-        "sampling below temperature 1",
-        "ppo.py",
-        "asked], cfg.max_new_tokens)",
-        "asked], cfg.max_new_tokens, 0.9)",
-        "tests/test_ppo.py::test_a_rollout_by_hand",
-    ),
-    (
         "gae: another β in the per-token rewards",
         "ppo.py",
         "rewards = token_rewards(*known, cfg.beta)",
