@@ -986,13 +986,6 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
         "tests/test_ppo.py::test_a_run_is_made_of_what_its_flags_name",
     ),
     (
-        "no room for --max-new-tokens",
-        "ppo.py",
-        "common.read_prompts(cfg.data, cfg.max_new_tokens,",
-        "common.read_prompts(cfg.data, 1,",
-        "tests/test_ppo.py::test_a_reward_function_is_maximised_on_own_prompts",
-    ),
-    (
         "--data not used",
         "ppo.py",
         "common.read_prompts(cfg.data,",
@@ -1018,13 +1011,6 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
         "ppo.py",
         "        torch.nn.init.zeros_(critic.scalar.weight)\n",
         "        torch.nn.init.zeros_(critic.scalar.weight)\n        critic.blocks = policy.blocks\n",
-        "tests/test_ppo.py::test_a_run_starts_at_no_kl_and_repeats_itself",
-    ),
-    (
-        "metrics without the update's columns",
-        "ppo.py",
-        "row = batch.row | update(",
-        "row = batch.row or update(",
         "tests/test_ppo.py::test_a_run_starts_at_no_kl_and_repeats_itself",
     ),
 ]
