@@ -88,6 +88,8 @@ def test_a_run_that_is_killed_leaves_whole_files(recipe, script):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(recipe):
     """Catches an interrupt that loses the steps so far."""
+    # a shell's background jobs ignore it, and so would the child
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start(
         recipe,
         "ppo",
