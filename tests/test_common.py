@@ -52,8 +52,9 @@ def stops(files, capsys):
     def check(f, *args, code=2):
         before = files()
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as stopped:
             f(*args)
+        assert stopped.type is SystemExit
         error = capsys.readouterr().err
         assert stopped.value.code == code
         assert error.count("\n") == 1
@@ -1603,10 +1604,10 @@ def test_every_number_of_evaluate_is_the_hand_made_one(tabled):
 def test_one_seed_one_result(runs, tiny):
     """A table that differs from one printing to the next; a generator that is not seeded; a
     model that draws weights when it is loaded, and so moves every later sample."""
-    tables, draws = [], []
+    tables, draws, models = [], [], [tiny(1), tiny(0)]
     for seed in (1, 2):
         common.seed_all(seed)
-        tables.append(common.evaluate(tiny(1), tiny(0), None, [HOME, OWL], 5)["answers"])
+        tables.append(common.evaluate(*models, None, [HOME, OWL], 5)["answers"])
         common.seed_all(0)
         common.load_model(runs / "sft", "lm", CPU)
         draws.append((random.random(), torch.rand(()).item()))
@@ -1855,15 +1856,15 @@ def test_learning_curves_are_means_of_parts(tmp_path):
     assert common.learning_curves(tmp_path) == {}
 
 
-def test_the_pictures_are_drawn(runs, reported, tiny, monkeypatch):
+def test_the_pictures_are_drawn(runs, tiny, monkeypatch):
     """A run without a table of steps, or with a single one, that ends the pictures."""
     plt = pytest.importorskip("matplotlib.pyplot")
     plt.switch_backend("agg")
     monkeypatch.setattr(common, "ideal_frontier", lambda *_: ([0.0, 1.0], [0.0, 1.0]))
-    train(runs, tiny(1), 30, kl=1.0, gold=2.0, reward=3.0)
+    train(runs, tiny(1), 30, name="ppo", kl=1.0, gold=2.0, reward=3.0)
     common.write(runs / "other/metrics.csv", "step,kl\n0,1\n")
     found = {}
-    for name in ("sft", "new", "other"):
+    for name in ("sft", "ppo", "other"):
         numbers = dict.fromkeys(common.NUMBERS, torch.zeros(2, 4))
         found[name] = {"prompts": [HOME, OWL]} | numbers
     cfg = common.Report(runs=str(runs))
