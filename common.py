@@ -63,6 +63,34 @@ class ModelConfig:
     norm_eps: float = 1e-5
 
 
+def _places(tokens: Tensor, keep: Tensor | None, shared: bool) -> tuple[Tensor, Tensor]:
+    """What a Transformer works out: n of the B·T places, (n,), and which of the n stands at
+    each place, (B, T).
+
+    Rows that begin alike have the same hidden states as long as they do: on a CPU these are
+    worked out once, for all answers to a prompt, and nothing after the last `keep` of a row
+    is. Elsewhere all places are: to count them would wait for the device."""
+    B, T = tokens.shape
+    places = torch.arange(B * T, device=tokens.device)
+    if not shared or tokens.device.type != "cpu":
+        return places, places.view(B, T)
+    # a sum of tokens times random odd numbers tells beginnings apart, but for one in 2⁵⁰
+    odd = torch.from_numpy(np.random.default_rng(0).integers(2**62, size=T)) * 2 + 1
+    beginning = ((tokens + 1) * odd).cumsum(1)
+    if keep is not None:
+        beginning = beginning.where(keep.flip(1).cumsum(1).flip(1) > 0, 0)
+    distinct, where = beginning.unique(return_inverse=True)
+    if len(distinct) == len(places):
+        return places, places.view(B, T)
+    return torch.empty_like(distinct).scatter_(0, where.flatten(), places), where
+
+
+def _at(x: Tensor, index: Tensor) -> Tensor:
+    """The rows x[index], for an index of _places: as long as x only where it changes nothing.
+    embedding, as its backward is fast."""
+    return x.view(*index.shape, -1) if len(x) == index.numel() else F.embedding(index, x)
+
+
 class Block(nn.Module):
     """Llama-style: x + attention(norm(x)), then x + SwiGLU(norm(x))."""
 
@@ -76,13 +104,15 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(c.channels, 2 * c.hidden, bias=False)
         self.down = nn.Linear(c.hidden, c.channels, bias=False)
 
-    def forward(self, x: Tensor, cos, sin, future, cache: Tensor | None, keep: Tensor | None):
-        B, T, C = x.shape
-        H, K = self.heads, self.kv_heads
-        qkv = self.qkv(self.attention_norm(x)).view(B, T, H + 2 * K, -1).transpose(1, 2)
-        qk, v = qkv.split((H + K, K), 1)  # (B, heads, T, D)
-        left, right = qk.chunk(2, -1)
-        q, k = (qk * cos + torch.cat((-right, left), -1) * sin).split((H, K), 1)
+    def attention(self, x: Tensor, cos, sin, where, future, cache: Tensor | None) -> Tensor:
+        """x (n, C) -> what each place of a batch attends to, (B·T, C); row where[b, t] of x
+        stands at place (b, t)."""
+        (B, T), H, K, D = where.shape, self.heads, self.kv_heads, cos.shape[-1]
+        qkv = self.qkv(self.attention_norm(x)).view(len(x), H + 2 * K, D)
+        qk, v = qkv.split((H + K, K), 1)  # (n, heads, D)
+        qk = qk * cos + qk.roll(D // 2, -1) * sin
+        qk, v = (_at(part.flatten(1), where).view(B, T, -1, D) for part in (qk, v))
+        q, k, v = (part.transpose(1, 2) for part in (*qk.split((H, K), 2), v))  # (B, ., T, D)
         if cache is not None:  # (2, B, K, longest, D); these T tokens are the newest
             stop = future.shape[1]
             cache[0, :, :, stop - T : stop], cache[1, :, :, stop - T : stop] = k, v
@@ -90,10 +120,11 @@ class Block(nn.Module):
         if H != K:  # groups of query heads share a key and value head
             k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
         # y = softmax(q kᵀ / √D) v; `future` (T, stop) is −∞ where the key is after the query
-        scores = q @ k.transpose(-1, -2) * (C // H) ** -0.5 + future
-        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C)
-        if keep is not None:  # from here on every position is on its own: (n, C)
-            x, y = x[keep], y[keep]
+        scores = q @ k.transpose(-1, -2) * D**-0.5 + future
+        return (scores.softmax(-1) @ v).transpose(1, 2).reshape(B * T, -1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x and what it attended to, y -> x after the block, (n, C) all."""
         x = x + self.out(y)
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
@@ -119,12 +150,14 @@ class Transformer(nn.Module):
             self.scalar = nn.Linear(c.channels, 1, bias=False)
             nn.init.normal_(self.scalar.weight, std=(c.channels + 1) ** -0.5)
             self.register_buffer("offset", torch.zeros(()))
-        # rotary angles: channel i turns with channel i + D/2, at frequency θ^(−2i/D)
+        # rotary: at position p, i and i + D/2 turn as a pair by the angle p θ^(−2i/D):
+        # x_i cos − x_{i+D/2} sin,   x_{i+D/2} cos + x_i sin
         half = c.channels // c.heads // 2
         frequency = c.rope_theta ** (-torch.arange(half).double() / half)
-        angle = torch.outer(torch.arange(c.context).double(), frequency).repeat(1, 2)
-        self.register_buffer("cos", angle.cos().float(), persistent=False)
-        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        angle = torch.outer(torch.arange(c.context).double(), frequency)
+        cos, sin = angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), 1)
+        self.register_buffer("cos", cos.float(), persistent=False)
+        self.register_buffer("sin", sin.float(), persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -132,16 +165,21 @@ class Transformer(nn.Module):
 
     def trunk(self, tokens: Tensor, cache=None, start: int = 0, keep=None) -> Tensor:
         """Hidden states (B, T, C) of tokens that stand at positions start, start + 1, …;
-        with `keep` (B, T), bool, of these n positions only, (n, C): what comes after the last
+        with `keep` (B, T), bool, of these m places only, (m, C): what comes after the last
         attention is worked out for them alone."""
-        x, T = self.embed(tokens), tokens.shape[1]
-        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
+        T = tokens.shape[1]
+        first, where = _places(tokens, keep, shared=start == 0)
+        x, position = self.embed(tokens.flatten()[first]), start + first % T  # (n, C), (n,)
+        cos, sin = self.cos[position, None], self.sin[position, None]
         future = x.new_full((T, start + T), -math.inf).triu(start + 1)
         for i, block in enumerate(self.blocks):
-            last = i + 1 == len(self.blocks)
             memory = None if cache is None else cache[i]
-            x = block(x, cos, sin, future, memory, keep if last else None)
-        return self.norm(x)
+            y = block.attention(x, cos, sin, where, future, memory)
+            if keep is not None and i + 1 == len(self.blocks):
+                x, first = F.embedding(where[keep], x), keep.flatten().nonzero().squeeze(1)
+            x = block(x, _at(y, first))
+        x = self.norm(x)
+        return _at(x, where) if keep is None else x
 
     def head(self, hidden: Tensor) -> Tensor:
         if self.kind == "scalar":
@@ -540,8 +578,9 @@ def samples(
     policy: Transformer, prompts: list[str], n: int, limit: int, temperature: float = 1.0
 ) -> Iterator[tuple[list[str], Rollout]]:
     """n answers of at most `limit` tokens to each of many prompts, about 512 rows at a time:
-    (the prompt of each row, Rollout); the n answers to a prompt stand together."""
-    M = max(1, 512 // n)
+    (the prompt of each row, Rollout); the n answers to a prompt stand together. Short prompts
+    come first: a batch of prompts of one length takes the fewest passes."""
+    M, prompts = max(1, 512 // n), sorted(prompts, key=lambda prompt: len(encode(prompt)))
     for start in range(0, len(prompts), M):
         asked = [prompt for prompt in prompts[start : start + M] for _ in range(n)]
         yield asked, generate(policy, [chat(x) for x in asked], limit, temperature)
@@ -557,7 +596,7 @@ def collect_comparisons(policy: Transformer, n: int, path: Path) -> None:
     with tqdm(total=n, desc=f"{path.parent.name}: pairs", disable=not PROGRESS) as bar:
         while len(lines) < n:
             prompts = [random.choice(held if random.random() < 0.05 else train)
-                       for _ in range(256)]  # fmt: skip
+                       for _ in range(n - len(lines) + 32)]  # fmt: skip
             drawn += len(prompts)
             if drawn > 20 * n + 2560:
                 fail(f"{path}: {len(lines)} of {drawn} pairs differ; give another policy")
@@ -573,7 +612,9 @@ def collect_comparisons(policy: Transformer, n: int, path: Path) -> None:
                     row |= {"chosen_finished": a[1], "rejected_finished": b[1]}
                     lines.append(json.dumps(row, ensure_ascii=False) + "\n")
             bar.update(min(n, len(lines)) - bar.n)
-    write(path, "".join(lines[:n]))
+    lines = lines[:n]
+    random.shuffle(lines)  # they were sampled by length
+    write(path, "".join(lines))
 
 
 # ----------------------------------------------------------------------------------- files
@@ -974,7 +1015,7 @@ def evaluate(policy, reference, reward: Reward | None, prompts: list[str], limit
     """Four sampled answers to each of M prompts: `prompts`, `answers` as text, and (M, 4)
     each of NUMBERS; log_ratio is log π(y|x) − log π_ref(y|x), length is in tokens."""
     torch.manual_seed(0)
-    answers, rows = [], []
+    asked_once, answers, rows = [], [], []
     for asked, rollout in samples(policy, prompts, 4, limit):
         mask, texts, finished = rollout.response_mask, completions(rollout), rollout.finished
         log_ratio = token_logprobs(policy, rollout.tokens, mask)
@@ -984,8 +1025,9 @@ def evaluate(policy, reference, reward: Reward | None, prompts: list[str], limit
         facts = [right(*row) for row in zip(asked, texts)]
         rows += zip(r, gold, log_ratio.tolist(), facts, mask.sum(1).tolist(), finished.tolist())
         answers += texts
+        asked_once += asked[::4]
     columns = torch.tensor(rows).view(len(prompts), 4, -1).unbind(-1)
-    return {"prompts": prompts, "answers": answers} | dict(zip(NUMBERS, columns))
+    return {"prompts": asked_once, "answers": answers} | dict(zip(NUMBERS, columns))
 
 
 def standard_error(values: Tensor, groups: list) -> float:

@@ -11,7 +11,7 @@ log N − (N − 1)/N nats.
     R (M, N)       rewards               common.load_reward, eq:rs_reward_matrix
     S(R)           selected              top_per_prompt, top_k_overall or random_per_prompt
     L              loss                  imitation_loss: the SFT loss on the selected answers
-    KL(π ‖ π_ref)  kl                    measured, on some of the samples, every round
+    KL(π ‖ π_ref)  kl                    measured on the samples of every round
 
 A round, numbered as in the code:
     1  sample N answers to each of M prompts, from the policy as it is
@@ -26,7 +26,7 @@ A round, numbered as in the code:
 Look at: gold beside the control, which trains on equally many answers, chosen at random, and
 so stands still. selected.jsonl has the answers that were kept; `sft.py --data` takes it.
 metrics.csv: `round`; of the round's samples, drawn before its updates, `reward`, `gold`
-(means) and `kl` (nats per response, from the first 512; of π only at temperature 1);
+(means) and `kl` (nats per response; of π only at temperature 1);
 `selected_reward` and `selected_gold`, the means of those kept; `loss` (nats per token: the
 batch's sum over the mean token count of a batch), `grad_norm` (before clipping), `lr`.
 """
@@ -102,8 +102,8 @@ def imitation_loss(logprobs: Tensor, mask: Tensor, count: float | Tensor | None 
 @torch.no_grad()
 def sample_and_score(cfg: Config, prompts: list[str], policy, reference, reward):
     """Steps 1 and 2: the M × N answers, rows of selected.jsonl and their (prompt, response)
-    ids; rewards and gold, (M, N) each; and the KL of the first 512."""
-    answers, ids, rewards, kl = [], [], [], None
+    ids; rewards and gold, (M, N) each; and the KL."""
+    answers, ids, rewards, kl = [], [], [], []
     given = prompts, cfg.samples, cfg.max_new_tokens, cfg.temperature
     for asked, rollout in common.samples(policy, *given):
         rewards.append(reward(asked, rollout).cpu())
@@ -111,14 +111,14 @@ def sample_and_score(cfg: Config, prompts: list[str], policy, reference, reward)
         keys = ("prompt", "completion", "completion_finished")
         answers += [dict(zip(keys, row)) for row in columns]
         ids += zip([common.chat(x) for x in asked], common.response_ids(rollout))
-        if kl is None:  # the first 512 tell enough
-            tokens, mask = rollout.tokens, rollout.response_mask
-            log_ratio = common.token_logprobs(policy, tokens, mask)
-            log_ratio = log_ratio - common.token_logprobs(reference, tokens, mask)
-            kl = log_ratio.sum(1).mean()
+        tokens, mask = rollout.tokens, rollout.response_mask
+        log_ratio = common.token_logprobs(policy, tokens, mask)
+        log_ratio = log_ratio - common.token_logprobs(reference, tokens, mask)
+        kl.append(log_ratio.sum(1))
     gold = [common.gold_reward(*(answer[key] for key in keys)) for answer in answers]
     shape = len(prompts), cfg.samples
-    return answers, ids, torch.cat(rewards).view(shape), torch.tensor(gold).view(shape), kl
+    rewards, gold = torch.cat(rewards).view(shape), torch.tensor(gold).view(shape)
+    return answers, ids, rewards, gold, torch.cat(kl).mean()
 
 
 def select(cfg: Config, rewards: Tensor) -> Tensor:

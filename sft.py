@@ -10,7 +10,7 @@ response [EOS], with the prompt masked:
     x, y           prompt, completion    common.demonstrations, or --data
     log π(y_t|·)   logprobs[:, t]        common.token_logprobs
     t in y         mask[:, t]            common.collate: True on the response, EOS included
-    L              loss                  sft_loss; for the base model the mask is all True
+    L              loss                  sft_loss; for the base model every token but the first
 
 A step, numbered as in the code:
     1  draw a minibatch of rows
@@ -115,13 +115,12 @@ def read_text(path: str) -> str:
 
 
 def raw_windows(text: str, width: int = 32) -> tuple[Tensor, Tensor]:
-    """The text cut into B windows: tokens (B, T), and a mask that is True everywhere. Nothing
-    stands before a window's first token: it counts with a log-prob of 0, so that the base
-    model's loss is 31/32 of the mean over the other tokens."""
+    """The text cut into B windows: tokens (B, T), and a mask that is True but at a window's
+    first token, before which there is nothing to predict it from."""
     ids = torch.tensor(common.encode(text))
     width = min(width, len(ids))
     tokens = ids[: len(ids) // width * width].view(-1, width)
-    return tokens, torch.ones_like(tokens, dtype=torch.bool)
+    return tokens, torch.arange(width).expand_as(tokens) > 0
 
 
 def chat_rows(rows: list[dict]) -> tuple[Tensor, Tensor]:

@@ -196,6 +196,51 @@ def test_appended_pads_change_no_logprob_value_or_score(tiny):
     torch.testing.assert_close(expected, torch.cat(alone), atol=1e-5, rtol=0)
 
 
+ALIKE = [  # what _places must tell apart, and what it must not
+    [1, 5, 2, 7, 7, 3, 3],
+    [1, 5, 2, 7, 8, 9, 3],
+    [1, 2, 5, 7, 7, 3, 3],  # the same tokens in another order
+    [0, 1, 5, 2, 7, 7, 3],  # the same tokens one position later
+    [1, 5, 2, 7, 7, 0, 0],  # token 0 is a token
+    [1, 5, 2, 7, 8, 9, 3],
+]
+
+
+def test_rows_that_begin_alike_are_worked_out_once(tiny):
+    """A place that is given another beginning's hidden state: the same tokens in another order
+    or elsewhere, one token more; a place that is worked out again, or that nobody asked for."""
+    tokens = torch.tensor(ALIKE)
+    first, where = common._places(tokens, None, True)
+    begun = [[tuple(row[: t + 1]) for t in range(len(row))] for row in ALIKE]
+    assert len(first) == len({part for row in begun for part in row})
+    for i, place in enumerate(first.tolist()):
+        b, t = divmod(place, tokens.shape[1])
+        assert {begun[i][j] for i, j in (where == i).nonzero().tolist()} == {begun[b][t]}
+    keep = torch.zeros_like(tokens, dtype=torch.bool)
+    keep[0, 3] = keep[2, 5] = keep[2, 1] = True
+    first, where = common._places(tokens, keep, True)
+    needed = {part for part in begun[0][:4] + begun[2][:6]}
+    assert len(first) == len(needed) + 1  # one stands for all that are not needed
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_a_batch_that_begins_alike_has_the_outputs_and_gradients_of_its_rows(tiny, head):
+    """Gradients that are lost, or counted once too often, where rows share hidden states;
+    `keep` that takes its outputs from other places."""
+    model = tiny(3, head, heads=2, kv_heads=1).double()
+    tokens, keep = torch.tensor(ALIKE), torch.rand(len(ALIKE), len(ALIKE[0])) < 0.4
+    alone = torch.cat([model(row[None]) for row in tokens])
+    weights = torch.randn_like(alone[keep])
+    ways = {"alone": alone[keep], "batch": model(tokens)[keep], "keep": model(tokens, keep)}
+    gradients = {}
+    for name, outputs in ways.items():
+        torch.testing.assert_close(outputs, ways["alone"], atol=1e-12, rtol=0)
+        total = (outputs * weights).sum()
+        gradients[name] = torch.autograd.grad(total, list(model.parameters()))
+        for g, expected in zip(gradients[name], gradients["alone"]):
+            torch.testing.assert_close(g, expected, atol=1e-10, rtol=1e-10)
+
+
 def test_scalar_copy_shares_no_storage(tiny):
     """Training a critic or reward model would train the policy too."""
     model = tiny()
@@ -295,7 +340,7 @@ def test_every_sampled_logprob_is_that_of_a_full_forward_on_the_row_alone(
 ):
     """Cached decoding: a query that sees key 0 only, a wrong position in ragged prompts, a
     row that takes another's cache when finished rows leave, temperature left out."""
-    model = tiny(3, vocab_size=9, kv_heads=kv_heads)
+    model = tiny(3, vocab_size=9, kv_heads=kv_heads).double()
     prompts = [[1], [1, 5, 2], [1, 5, 2], [8, 7, 6, 5, 4, 3, 2], [1, 6, 2], [1, 5, 3]] * 4
     rollout = common.generate(model, prompts, 12, temperature)
     lengths = rollout.response_mask.sum(1)
@@ -314,7 +359,7 @@ def test_every_sampled_logprob_is_that_of_a_full_forward_on_the_row_alone(
             range(len(where)), row[len(prompt) : stop]
         ]
         found = rollout.logprobs[i, rollout.response_mask[i]]
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
 
 
 def test_sampled_logprobs_are_what_training_recomputes():

@@ -223,6 +223,55 @@ FORMULAS = [  # a formula is wrong
 ]
 WIRING = [  # the formula is right, and gets or gives the wrong thing
     (
+        "token 0 counts as no token where rows begin alike",
+        "common.py",
+        "((tokens + 1) * odd).cumsum(1)",
+        "(tokens * odd).cumsum(1)",
+        "tests/test_common.py::test_rows_that_begin_alike_are_worked_out_once",
+    ),
+    (
+        "rows are taken to begin alike by their last token",
+        "common.py",
+        "((tokens + 1) * odd).cumsum(1)",
+        "(tokens + 1) * odd",
+        "tests/test_common.py::test_rows_that_begin_alike_are_worked_out_once",
+    ),
+    (
+        "rows are taken to begin alike in any order of tokens",
+        "common.py",
+        "((tokens + 1) * odd).cumsum(1)",
+        "((tokens + 1) * odd[0]).cumsum(1)",
+        "tests/test_common.py::test_rows_that_begin_alike_are_worked_out_once",
+    ),
+    (
+        "hidden states left out before what is kept, not after it",
+        "common.py",
+        "keep.flip(1).cumsum(1).flip(1) > 0",
+        "keep.cumsum(1) > 0",
+        "tests/test_common.py::test_a_batch_that_begins_alike_has_the_outputs_and_gradients_of_its_rows",
+    ),
+    (
+        "outputs of the distinct places taken for those that are kept",
+        "common.py",
+        "x, first = F.embedding(where[keep], x), keep",
+        "x, first = x[: keep.sum()], keep",
+        "tests/test_common.py::test_a_batch_that_begins_alike_has_the_outputs_and_gradients_of_its_rows",
+    ),
+    (
+        "a first token, which nothing predicts, in the base model's loss",
+        "sft.py",
+        "torch.arange(width).expand_as(tokens) > 0",
+        "torch.arange(width).expand_as(tokens) >= 0",
+        "tests/test_sft.py::test_raw_windows_are_the_text_in_order",
+    ),
+    (
+        "KL of the first samples only",
+        "rejection_sampling.py",
+        "kl.append(log_ratio.sum(1))",
+        "kl = kl or [log_ratio.sum(1)]",
+        "tests/test_rejection_sampling.py::test_rewards_stand_in_their_prompts_row",
+    ),
+    (
         "each batch divides by its own tokens",
         "sft.py",
         "loss = sft_loss(logprobs, batch_mask, count)",
@@ -624,8 +673,8 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
     (
         "KL per token",
         "rejection_sampling.py",
-        "kl = log_ratio.sum(1).mean()",
-        "kl = log_ratio.sum() / mask.sum()",
+        "kl.append(log_ratio.sum(1))",
+        "kl.append(log_ratio.sum(1) / mask.sum(1))",
         "tests/test_rejection_sampling.py::test_every_column_and_the_weights_by_hand",
     ),
     (
