@@ -3,7 +3,6 @@
 import json
 import math
 import random
-from types import SimpleNamespace
 
 import pytest
 import tiny as world
@@ -255,69 +254,12 @@ def test_padding_and_the_order_of_pairs_change_no_gradient(tiny, pairs, name):
 
 
 @pytest.fixture
-def double():
-    """Scripts in float64, so that sums in another order agree to 1e-10."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def read_pair(tokens, mask):
-    """(prompt, chosen, rejected) as text, out of what is trained on."""
-    texts = [common.decode([i for i, on in zip(*row) if on]) for row in zip(tokens, mask)]
-    return common.decode(tokens[0][: tokens[0].index(ASSISTANT)]), *texts
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """What reaches common.descend, each with the pairs drawn before it; nothing moves."""
-    reached, drawn, honest = [], [], common.minibatches
-
-    def minibatches(size, *tensors):
-        for batch in honest(size, *tensors):
-            drawn.append(batch)
-            yield batch
-
-    def descend(loss, model, optimizer, lr):
-        gradient = world.gradient(loss, model)
-        batch = dict(zip(("tokens", "mask"), drawn[-1][1:]))
-        reached.append(SimpleNamespace(loss=loss.item(), gradient=gradient, lr=lr, **batch))
-        return gradient.norm()
-
-    monkeypatch.setattr(common, "minibatches", minibatches)
-    monkeypatch.setattr(common, "descend", descend)
-    return reached
-
-
-def texts(step):
-    return [read_pair(*row) for row in zip(step.tokens.tolist(), step.mask.tolist())]
-
-
-@pytest.fixture
-def closing(monkeypatch):
-    """The closing table is not made; what it was to be made of is here."""
-    calls = []
-    monkeypatch.setattr(common, "closing_table", lambda *given: calls.append(given))
-    return calls
-
-
-@pytest.fixture
 def mine(tmp_path):
     """--data: 40 pairs in another alphabet. Returns the file and its rows."""
     rows = [{"prompt": f"где {i}?", "chosen": "там" + "!" * (i % 4), "rejected": "нет" * (i % 3)
              or "-"} for i in range(40)]  # fmt: skip
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path / "mine.jsonl", rows
-
-
-def judged(runs, name="comparisons"):
-    lines = (runs / name / "comparisons.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def parted(rows):
-    held = [row for row in rows if common.held_out(row["prompt"])]
-    return [row for row in rows if row not in held], held
 
 
 def one(name, beta, eps, h):
@@ -362,7 +304,7 @@ def test_every_column_and_the_weights_by_hand(
     --label-smoothing, --nll, --steps, --lr, --data, --init, --ref; a learning rate that does
     not fall to 0: three steps of all pairs, as AdamW alone takes them."""
     file, rows = mine
-    train = parted(rows if own else judged(runs))[0]
+    train = world.parted(rows if own else world.judged(runs))[0]
     flags += f" --data {file}" if own else ""
     table = call(dpo, f"{flags} --init other --steps 3 --batch 99 --lr 0.003 --out new")
     policy, reference = (common.load_model(runs / x, "lm", CPU) for x in ("other", "sft"))
@@ -388,7 +330,7 @@ def test_every_column_and_the_weights_by_hand(
 def test_every_batch_by_hand(call, runs, double, steps, closing):
     """Reference log-probs of other rows; --batch that does not arrive; pairs that come
     twice in an epoch, or never: an epoch of minibatches, the last of them smaller."""
-    train = parted(judged(runs))[0]
+    train = world.parted(world.judged(runs))[0]
     n = math.ceil(len(train) / 8)
     assert len(train) % 8
     flags = "--label-smoothing 0.2 --nll 0.6 --init other"
@@ -397,7 +339,7 @@ def test_every_batch_by_hand(call, runs, double, steps, closing):
     known, seen = {tuple(row[k] for k in ("prompt", *SIDES)): row for row in train}, []
     assert [len(step.mask) for step in steps].count(8) == n - 1
     for step in steps:
-        rows = [known[pair] for pair in texts(step)]
+        rows = [known[pair] for pair in world.pair_texts(step)]
         seen += rows
         loss, _ = by_hand(policy, reference, rows, "dpo", 0.3, 0.2, 0.6)
         assert step.loss == pytest.approx(loss.item(), abs=1e-10)
@@ -429,19 +371,19 @@ def test_pairs_come_from_all_files_alike(call, steps, closing, runs, pairs):
     common.write(runs / "second/comparisons.jsonl", lines)
     both = "--comparisons comparisons,second --out new --batch 20"
     call(dpo, f"{both} --pairs 60 --steps 6")
-    epochs = [sum(map(texts, part), []) for part in (steps[:3], steps[3:])]
+    epochs = [sum(map(world.pair_texts, part), []) for part in (steps[:3], steps[3:])]
     assert sorted(epochs[0]) == sorted(epochs[1])
     assert len(set(epochs[0])) == 60
     known = [
-        {(row["prompt"], row["chosen"], row["rejected"]) for row in parted(some)[0]}
-        for some in (judged(runs), second)
+        {(row["prompt"], row["chosen"], row["rejected"]) for row in world.parted(some)[0]}
+        for some in (world.judged(runs), second)
     ]
     of_second = len(set(epochs[0]) & known[1])
     assert len(set(epochs[0]) & known[0]) + of_second == 60
     assert 60 * 0.45 < of_second < 60 * 0.75  # 100 of 164 pairs
     steps.clear()
     call(dpo, f"{both} --steps 8")
-    assert {pair for step in steps for pair in texts(step)} == known[0] | known[1]
+    assert {pair for step in steps for pair in world.pair_texts(step)} == known[0] | known[1]
 
 
 def test_missing_comparisons_are_answers_of_init(
@@ -482,7 +424,7 @@ def test_the_closing_table_asks_held_out_prompts(own, call, closing, steps, mine
     call(dpo, f"{TINY} --ref other --out new" + f" --data {file}" * own)
     cfg, names, reward, reward_name, prompts, device = closing[0]
     held = [x for x in common.QUESTIONS if common.held_out(x)]
-    assert prompts == ([row["prompt"] for row in parted(rows)[1]] if own else held)
+    assert prompts == ([row["prompt"] for row in world.parted(rows)[1]] if own else held)
     assert names == ["other", "sft", "new"]
     assert reward_name == "reward_model"
 

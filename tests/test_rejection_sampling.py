@@ -158,43 +158,6 @@ def test_main_imitates_the_law_of_the_best_of_n(
 
 
 @pytest.fixture
-def double():
-    """Scripts in float64, so that sums in another order agree to 1e-10."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """What reaches common.descend, each with the minibatch drawn before it; nothing moves."""
-    reached, drawn, honest = [], [], common.minibatches
-
-    def minibatches(size, *tensors):
-        for batch in honest(size, *tensors):
-            drawn.append(batch)
-            yield batch
-
-    def descend(loss, model, optimizer, lr):
-        gradient, (_, tokens, mask) = world.gradient(loss, model), drawn[-1]
-        found = dict(loss=loss.item(), gradient=gradient, tokens=tokens, mask=mask, lr=lr)
-        reached.append(SimpleNamespace(**found))
-        return gradient.norm()
-
-    monkeypatch.setattr(common, "minibatches", minibatches)
-    monkeypatch.setattr(common, "descend", descend)
-    return reached
-
-
-@pytest.fixture
-def closing(monkeypatch):
-    """The closing table is not made; what it was to be made of is here."""
-    calls = []
-    monkeypatch.setattr(common, "closing_table", lambda *given: calls.append(given))
-    return calls
-
-
-@pytest.fixture
 def sampled(monkeypatch):
     """What common.generate was given, and gave: prompts, limit, temperature, the policy's
     weights at that time; answers as (prompt text, prompt ids, response ids, finished)."""

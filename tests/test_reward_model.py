@@ -4,7 +4,6 @@ import json
 import math
 import random
 import re
-from types import SimpleNamespace
 
 import pytest
 import tiny as world
@@ -138,50 +137,6 @@ def test_padding_and_the_order_of_pairs_change_no_gradient(tiny, pairs):
 
 
 @pytest.fixture
-def double():
-    """Scripts in float64, so that sums in another order agree to 1e-10."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def read_pair(tokens, mask):
-    """(prompt, chosen, rejected) as text, out of what is trained on."""
-    texts = [common.decode([i for i, on in zip(*row) if on]) for row in zip(tokens, mask)]
-    ids = tokens[0][: tokens[0].index(ASSISTANT)]
-    return common.decode(ids), *texts
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """What reaches common.descend, each with the pairs drawn before it; nothing moves."""
-    reached, drawn, honest = [], [], common.minibatches
-
-    def minibatches(size, *tensors):
-        for batch in honest(size, *tensors):
-            drawn.append(batch)
-            yield batch
-
-    def descend(loss, model, optimizer, lr):
-        gradient = world.gradient(loss, model)
-        pairs = [read_pair(*row) for row in zip(*(x.tolist() for x in drawn[-1][1:]))]
-        reached.append(SimpleNamespace(loss=loss.item(), gradient=gradient, pairs=pairs, lr=lr))
-        return gradient.norm()
-
-    monkeypatch.setattr(common, "minibatches", minibatches)
-    monkeypatch.setattr(common, "descend", descend)
-    return reached
-
-
-@pytest.fixture
-def closing(monkeypatch):
-    """The closing table is not made; what it was to be made of is here."""
-    calls = []
-    monkeypatch.setattr(common, "closing_table", lambda *given: calls.append(given))
-    return calls
-
-
-@pytest.fixture
 def demonstrated(monkeypatch):
     """Of the 1000 demonstrations that r is centred on the first 9 are drawn; the arguments."""
     calls, honest = [], common.demonstrations
@@ -203,16 +158,6 @@ def mine(tmp_path):
     return tmp_path / "mine.jsonl", rows
 
 
-def judged(runs, name="comparisons"):
-    lines = (runs / name / "comparisons.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def parted(rows):
-    held = [row for row in rows if common.held_out(row["prompt"])]
-    return [row for row in rows if row not in held], held
-
-
 @pytest.mark.parametrize("own", [False, True])
 def test_every_column_and_the_weights_by_hand(
     own, call, runs, double, closing, demonstrated, mine
@@ -222,7 +167,7 @@ def test_every_column_and_the_weights_by_hand(
     not random; an offset off the demonstrations, or off the chosen answers of one's own data;
     a learning rate that does not fall to 0: three passes, as AdamW alone does them."""
     file, rows = mine
-    train, _ = parted(rows if own else judged(runs))
+    train, _ = world.parted(rows if own else world.judged(runs))
     flags = f"--data {file}" if own else ""
     flags += " --init other --epochs 3 --batch 99 --lr 0.01 --margin 0.3 --seed 4 --out new"
     table = call(reward_model, flags)
@@ -267,21 +212,21 @@ def test_pairs_come_from_all_files_alike(call, steps, closing, runs, pairs, demo
     common.write(runs / "second/comparisons.jsonl", lines)
     both = "--comparisons comparisons,second --out new --batch 7"
     rows = call(reward_model, f"{both} --pairs 60 --epochs 2")
-    assert [len(step.pairs) for step in steps].count(7) == 2 * 8
+    assert [len(step.mask) for step in steps].count(7) == 2 * 8
     assert len(rows) == len(steps) == 2 * math.ceil(60 / 7)
-    epochs = [sum((step.pairs for step in part), []) for part in (steps[:9], steps[9:])]
+    epochs = [sum(map(world.pair_texts, part), []) for part in (steps[:9], steps[9:])]
     assert sorted(epochs[0]) == sorted(epochs[1])
     assert len(set(epochs[0])) == 60
     texts = [
-        {(row["prompt"], row["chosen"], row["rejected"]) for row in parted(some)[0]}
-        for some in (judged(runs), second)
+        {(row["prompt"], row["chosen"], row["rejected"]) for row in world.parted(some)[0]}
+        for some in (world.judged(runs), second)
     ]
     of_second = len(set(epochs[0]) & texts[1])
     assert len(set(epochs[0]) & texts[0]) + of_second == 60
     assert 60 * 0.45 < of_second < 60 * 0.75  # 100 of 164 pairs
     steps.clear()
     call(reward_model, f"{both} --epochs 1")  # all of them
-    assert {pair for step in steps for pair in step.pairs} == texts[0] | texts[1]
+    assert {pair for step in steps for pair in world.pair_texts(step)} == texts[0] | texts[1]
 
 
 def test_missing_comparisons_are_answers_of_init(
@@ -384,15 +329,16 @@ def test_accuracies_are_of_held_out_pairs_file_by_file(
     common.write(runs / "second/comparisons.jsonl", lines)
     call(reward_model, f"{TINY} --out new --comparisons comparisons,second --lr 0.01")
     said = capsys.readouterr().out.split("held-out pairs of ")
-    for part, rows, name in zip(said[1:], (judged(runs), second), ("comparisons", "second")):
+    files = (world.judged(runs), "comparisons"), (second, "second")
+    for part, (rows, name) in zip(said[1:], files):
         assert part.startswith(name)
         for run in ("reward_model", "new"):
             model = common.load_model(runs / run, "scalar", CPU)
-            found = reward_model.accuracies(model, parted(rows)[1])
+            found = reward_model.accuracies(model, world.parted(rows)[1])
             printed = re.search(rf"^ +{run}: (.*)", part, re.M)[1].split()
             numbers = dict(zip(printed[::2], map(float, printed[1::2])))
             assert numbers == pytest.approx(found, abs=6e-4)
-    held = parted(judged(runs))[1]
+    held = world.parted(world.judged(runs))[1]
     assert int(said[0].rsplit("\n", 1)[1]) == len(held)
     for row in held[:3]:  # model is the new one
         for side in ("chosen", "rejected"):
@@ -407,7 +353,7 @@ def test_the_closing_table_asks_held_out_prompts(own, call, closing, runs, mine,
     call(reward_model, f"{TINY} --init other --out new" + f" --data {file}" * own)
     cfg, names, reward, reward_name, prompts, device = closing[0]
     held = [x for x in common.QUESTIONS if common.held_out(x)]
-    assert prompts == ([row["prompt"] for row in parted(rows)[1]] if own else held)
+    assert prompts == ([row["prompt"] for row in world.parted(rows)[1]] if own else held)
     assert names == ["other"]
     model = common.load_model(runs / "new", "scalar", CPU)
     rollout = world.listed([(PROMPTS[0], (2, 3, 0)), (PROMPTS[2], (1,))])

@@ -4,10 +4,9 @@ import json
 import math
 import re
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
-import tiny
+import tiny as world
 import torch
 
 import common
@@ -32,10 +31,10 @@ def test_loss_is_the_mean_over_tokens_not_over_rows():
 
 def test_sft_loss_is_that_of_the_response_alone():
     """Prompt or padding counted in the loss; EOS left out of it; a sampled PAD left out."""
-    model, rows = tiny.transformer(1), tiny.everything()
+    model, rows = world.transformer(1), world.everything()
     with torch.no_grad():
         loss = sft.sft_loss(common.token_logprobs(model, rows.tokens), rows.response_mask)
-        exact = -tiny.logp(model).sum() / (3 * sum(map(len, tiny.completions())))
+        exact = -world.logp(model).sum() / (3 * sum(map(len, world.completions())))
     assert abs(loss - exact) < 1e-10
 
 
@@ -43,14 +42,14 @@ def test_what_train_descends_in_the_enumerable_world(double, steps, tmp_path):
     """A mask made from `tokens != PAD`, which in this world is a word like any other; a shift;
     padding or prompt counted: the gradient of train's own step, on every completion of every
     prompt, is that of the enumerated token mean."""
-    model = tiny.transformer(1)
-    answers = [list(y) for y in tiny.completions()]
-    rows = common.collate([(x, y) for x in tiny.PROMPTS for y in answers])
+    model = world.transformer(1)
+    answers = [list(y) for y in world.completions()]
+    rows = common.collate([(x, y) for x in world.PROMPTS for y in answers])
     cfg = sft.Config(runs=str(tmp_path), batch=len(rows[0]))
     sft.train(cfg, "new", model, rows, rows, 0.1, 1)
-    exact = -tiny.logp(model).sum() / (3 * sum(map(len, answers)))
+    exact = -world.logp(model).sum() / (3 * sum(map(len, answers)))
     assert steps[0].loss == pytest.approx(exact.item(), abs=1e-10)
-    assert tiny.apart(steps[0].gradient, tiny.gradient(exact, model)) < 1e-10
+    assert world.apart(steps[0].gradient, world.gradient(exact, model)) < 1e-10
 
 
 class Logits:
@@ -88,54 +87,12 @@ def test_prompts_and_pads_carry_no_gradient_and_eos_does():
 
 
 @pytest.fixture
-def double():
-    """Scripts in float64, so that sums in another order agree to 1e-10."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """What reaches common.descend, each with the minibatch drawn before it; nothing moves."""
-    reached, drawn, honest = [], [], common.minibatches
-
-    def minibatches(size, *tensors):
-        for batch in honest(size, *tensors):
-            drawn.append(batch)
-            yield batch
-
-    def descend(loss, model, optimizer, lr):
-        gradient = tiny.gradient(loss, model)
-        own = drawn[-1][2].sum().item()  # the batch's tokens
-        reached.append(SimpleNamespace(loss=loss.item(), gradient=gradient, own=own, lr=lr))
-        return gradient.norm()
-
-    monkeypatch.setattr(common, "minibatches", minibatches)
-    monkeypatch.setattr(common, "descend", descend)
-    return reached
-
-
-@pytest.fixture
-def closing(monkeypatch):
-    """The closing table is not made; what it was to be made of is here."""
-    calls = []
-    monkeypatch.setattr(common, "closing_table", lambda *given: calls.append(given))
-    return calls
-
-
-@pytest.fixture
 def mine(tmp_path):
     """--data: 44 rows in another alphabet with answers of 2 to 16 tokens. Returns the file,
     the rows to train on, those to hold out."""
     rows = [{"prompt": f"где {i}?", "completion": "a" * (1 + i * i % 16)} for i in range(44)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path / "mine.jsonl", *parted(rows)
-
-
-def parted(rows):
-    held = [row for row in rows if common.held_out(row["prompt"])]
-    return [row for row in rows if row not in held], held
+    return tmp_path / "mine.jsonl", *world.parted(rows)
 
 
 def token_mean(model, rows):
@@ -158,20 +115,20 @@ def test_every_token_weighs_the_same(own, call, runs, double, steps, closing, mi
     file, train, held = mine
     flags = f"--data {file}"
     if not own:
-        train, held = parted(common.demonstrations(70, 5))
+        train, held = world.parted(common.demonstrations(70, 5))
         flags = "--demonstrations 70 --seed 5"
     n = math.ceil(len(train) / 8)
     assert len(train) % 8  # so that the last batch is smaller
     call(sft, f"{flags} --init other --steps {n} --batch 8 --out new")
     model = common.load_model(runs / "other", "lm", CPU)
     whole = token_mean(model, train)
-    exact = tiny.gradient(whole, model)
+    exact = world.gradient(whole, model)
     assert len(steps) == n
     assert sum(step.loss for step in steps) / n == pytest.approx(whole.item(), abs=1e-10)
-    assert tiny.apart(sum(step.gradient for step in steps) / n, exact) < 1e-10
-    mean = sum(step.own for step in steps) / n
-    own_count = sum(step.gradient * mean / step.own for step in steps) / n
-    assert tiny.apart(own_count, exact) > 0.01  # so the difference would show
+    assert world.apart(sum(step.gradient for step in steps) / n, exact) < 1e-10
+    mean = sum(step.mask.sum() for step in steps) / n
+    own_count = sum(step.gradient * mean / step.mask.sum() for step in steps) / n
+    assert world.apart(own_count, exact) > 0.01  # so the difference would show
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -182,7 +139,7 @@ def test_every_column_and_the_weights_by_hand(own, call, runs, double, closing, 
     file, train, held = mine
     flags = f"--data {file}"
     if not own:
-        train, held = parted(common.demonstrations(60, 0))
+        train, held = world.parted(common.demonstrations(60, 0))
         flags = "--demonstrations 60"
     rows = call(sft, f"{flags} --init other --steps 3 --batch 99 --lr 0.01 --out new")
     model = common.load_model(runs / "other", "lm", CPU)
@@ -289,7 +246,7 @@ def test_the_base_model_by_hand(raw, call, runs, double, steps, closing, tmp_pat
     cut = int(len(text) * 0.95)
     whole = window_mean(model, windows(text[:cut]))
     assert steps[0].loss == pytest.approx(whole.item(), abs=1e-10)
-    assert tiny.apart(steps[0].gradient, tiny.gradient(whole, model)) < 1e-10
+    assert world.apart(steps[0].gradient, world.gradient(whole, model)) < 1e-10
     assert [step.lr for step in steps] == pytest.approx([0.02, 0.015, 0.01, 0.005, 0.01, 0.005])
     table = (runs / "base/metrics.csv").read_text().splitlines()
     assert len(table) == 1 + 4
@@ -297,7 +254,7 @@ def test_the_base_model_by_hand(raw, call, runs, double, steps, closing, tmp_pat
     held = window_mean(model, windows(text[cut:]))
     assert float(row["held_out_loss"]) == pytest.approx(held.item(), rel=2e-5)
     assert seeds == ([] if raw else [3])
-    train, _ = parted(common.demonstrations(50, 3))
+    train, _ = world.parted(common.demonstrations(50, 3))
     assert steps[4].loss == pytest.approx(
         token_mean(model, train).item()
     )  # it starts from base
@@ -407,7 +364,8 @@ def test_a_context_that_the_model_has_and_not_the_flag(call, steps, closing, run
     file = runs / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len(call(sft, f"--data {file} --steps 1 --batch 99 --max-new-tokens 3")) == 1
-    assert steps[0].own == sum(10 for row in parted(rows)[0] if len(row["completion"]) == 9)
+    train, _ = world.parted(rows)
+    assert steps[0].mask.sum() == sum(10 for row in train if len(row["completion"]) == 9)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(diverges):

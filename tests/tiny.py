@@ -8,11 +8,13 @@ PAD is one of the 4 tokens too, so a mask made from `tokens != PAD` would be wro
 """
 
 import itertools
+import json
 
 import torch
 from torch import Tensor
 
-from common import EOS, PAD, ModelConfig, Rollout, Transformer
+import common
+from common import ASSISTANT, EOS, PAD, ModelConfig, Rollout, Transformer
 
 V, LONGEST = 4, 3
 # ragged, so that padding and positions matter. π* must be a policy this Transformer can be: no
@@ -185,3 +187,27 @@ def fits(rollout: Rollout, p: Tensor) -> float:
         statistic += ((counts - expected).square() / expected)[expected > 0].sum()
         freedom += int((expected > 0).sum()) - 1
     return torch.special.gammaincc(torch.tensor(freedom / 2.0), statistic / 2).item()
+
+
+# --------------------------------------------------------------- what a script trains on
+
+
+def parted(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Rows to train on, rows held out."""
+    held = [row for row in rows if common.held_out(row["prompt"])]
+    return [row for row in rows if row not in held], held
+
+
+def judged(runs, name: str = "comparisons") -> list[dict]:
+    """The comparisons in runs/NAME."""
+    lines = (runs / name / "comparisons.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def pair_texts(step) -> list[tuple[str, str, str]]:
+    """(prompt, chosen, rejected) as text, out of what was trained on in a step."""
+    found = []
+    for tokens, mask in zip(step.tokens.tolist(), step.mask.tolist()):
+        texts = [common.decode([i for i, on in zip(*row) if on]) for row in zip(tokens, mask)]
+        found.append((common.decode(tokens[0][: tokens[0].index(ASSISTANT)]), *texts))
+    return found
