@@ -176,7 +176,8 @@ class Transformer(nn.Module):
             memory = None if cache is None else cache[i]
             y = block.attention(x, cos, sin, where, future, memory)
             if keep is not None and i + 1 == len(self.blocks):
-                x, first = F.embedding(where[keep], x), keep.flatten().nonzero().squeeze(1)
+                first = keep.flatten().nonzero().squeeze(1)
+                x = F.embedding(where.flatten()[first], x)
             x = block(x, _at(y, first))
         x = self.norm(x)
         return _at(x, where) if keep is None else x

@@ -253,8 +253,8 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
     (
         "outputs of the distinct places taken for those that are kept",
         "common.py",
-        "x, first = F.embedding(where[keep], x), keep",
-        "x, first = x[: keep.sum()], keep",
+        "x = F.embedding(where.flatten()[first], x)",
+        "x = x[: len(first)]",
         "tests/test_common.py::test_a_batch_that_begins_alike_has_the_outputs_and_gradients_of_its_rows",
     ),
     (
