@@ -1174,7 +1174,8 @@ def draw(cfg, found: dict[str, dict], device: torch.device) -> None:
             beside = {"xytext": offset, "textcoords": "offset points"}
             axis.annotate(name, (x, y), fontsize=size, color=style["color"], **beside)
             # a path has the rewards it was trained on, which may not be this table's
-            if "kl" in path and (key == "gold" or flags.get("reward") == cfg.reward):
+            same = key == "gold" or flags.get("reward") == cfg.reward
+            if same and {"kl", key} <= path.keys():
                 axis.plot(path["kl"], path[key], alpha=0.5, **style)
             axis.set(xlabel=f"KL to {cfg.ref}, nats per response", ylabel=key)
         for axis, key in zip(panels, CURVES):

@@ -172,7 +172,7 @@ def main(cfg: Config) -> None:
     common.check_inputs(cfg, cfg.init, cfg.ref)
     reference = common.load_run(cfg, cfg.ref, "lm", device).requires_grad_(False)
     policy = common.load_run(cfg, cfg.init, "lm", device)
-    context = policy.config.context
+    context = min(policy.config.context, reference.config.context)
     train_rows, held_rows = common.split(common.comparisons(cfg, context, device))
 
     common.seed_all(cfg.seed)

@@ -274,9 +274,8 @@ def update(
     targets = advantages + batch.values  # value: R, at the first token; gae: A_t + V(s_t)
     steps = []
     for _ in range(cfg.epochs):
-        for rows in (
-            torch.randperm(len(advantages)).to(batch.tokens.device).chunk(cfg.minibatches)
-        ):
+        order = torch.randperm(len(advantages)).to(batch.tokens.device)
+        for rows in order.tensor_split(cfg.minibatches):
             tokens, mask, A = batch.tokens[rows], batch.response_mask[rows], advantages[rows]
             old, value_mask = batch.logprobs[rows], batch.value_mask[rows]
             logprobs = common.token_logprobs(policy, tokens, mask)
@@ -324,7 +323,8 @@ def trace(
     prompt = common.decode(tokens[0, : int(mask[0].long().argmax())].tolist())
     lines = [f"step {step}   x: {prompt}   A by {cfg.estimator}, β = {cfg.beta}"]
     names = ("r", "log π", "log π_ref", "kl", "R", "baseline", "A", "log π after")
-    columns = batch.reward[:n], old.sum(1), ref.sum(1), batch.kl[:n], R, R - mean(A), mean(A)
+    baseline = R.mean().expand(n) if cfg.estimator == "grpo" else R - mean(A)
+    columns = batch.reward[:n], old.sum(1), ref.sum(1), batch.kl[:n], R, baseline, mean(A)
     lines += [line(names, "   y")]
     for i, numbers in enumerate(torch.stack((*columns, new.sum(1)), 1).tolist()):
         lines += [line(numbers, f"   {common.decode(tokens[i][mask[i]].tolist())!r}")]
@@ -367,12 +367,15 @@ def check_start(row: dict[str, float], same: bool) -> None:
 def main(cfg: Config) -> None:
     if cfg.estimator in ("rloo", "grpo") and cfg.samples < 2:
         common.fail(f"--samples 1: {cfg.estimator} compares samples; use 2 or more, or value")
+    if cfg.minibatches > cfg.prompts * cfg.samples:
+        common.fail(f"--minibatches {cfg.minibatches}: more than answers; use fewer")
     device = common.pick_device(cfg.device)
     common.check_inputs(cfg, cfg.init, cfg.ref, cfg.reward)
     reward = common.load_reward(cfg, cfg.reward, device)
     policy = common.load_run(cfg, cfg.init, "lm", device)
     reference = common.load_run(cfg, cfg.ref, "lm", device).requires_grad_(False)
-    prompts, held = common.read_prompts(cfg.data, cfg.max_new_tokens, policy.config.context)
+    context = min(policy.config.context, reference.config.context)
+    prompts, held = common.read_prompts(cfg.data, cfg.max_new_tokens, context)
 
     common.seed_all(cfg.seed)
     critic = None

@@ -143,7 +143,8 @@ def main(cfg: Config) -> None:
     reward = common.load_reward(cfg, cfg.reward, device)
     policy = common.load_run(cfg, cfg.init, "lm", device)
     reference = common.load_run(cfg, cfg.ref, "lm", device).requires_grad_(False)
-    prompts, held = common.read_prompts(cfg.data, cfg.max_new_tokens, policy.config.context)
+    context = min(policy.config.context, reference.config.context)
+    prompts, held = common.read_prompts(cfg.data, cfg.max_new_tokens, context)
 
     common.seed_all(cfg.seed)
     common.say(

@@ -472,6 +472,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(diverges, monkeypatch):
     assert "step 2" in diverges(dpo, TINY, "dpo", 3)
 
 
+def test_a_reference_with_a_shorter_context(call, runs, tiny):
+    """What fits into the policy's context, and not into the reference's."""
+    common.save_model(runs / "short", tiny(3, context=26), {})
+    call(dpo, f"{TINY} --ref short --out new")
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -891,7 +891,8 @@ def test_trace_shows_the_numbers_of_the_update(call, seen, runs, estimator, n):
             R, a = batch.returns[i], A[i][on[i]].mean()
             new = row_logp(policy, x, y).sum().detach()
             assert abs(new - old) > 0.02  # so that after is not before
-            expected = [batch.reward[i], old, ref, old - ref, R, R - a, a, new]
+            baseline = batch.returns[:n].mean() if estimator == "grpo" else R - a
+            expected = [batch.reward[i], old, ref, old - ref, R, baseline, a, new]
             line, quoted = lines[2 + i][:96], lines[2 + i][96:].strip()
             assert numbers(line) == pytest.approx([float(z) for z in expected], abs=0.006)
             assert quoted == repr(common.decode(y))
@@ -980,6 +981,20 @@ def test_a_loss_that_is_not_finite_ends_the_run(diverges, name):
     assert diverges(ppo, TINY, name, 6).count("\n") == 1
 
 
+def test_as_many_updates_as_minibatches_says(call, monkeypatch):
+    """Rows that do not divide by --minibatches: 6 in chunks of 2 are 3 updates, not 4."""
+    calls, honest = [], common.descend
+    monkeypatch.setattr(common, "descend", lambda *x: calls.append(1) or honest(*x))
+    call(ppo, f"{TINY} --steps 1 --minibatches 4 --epochs 2 --estimator rloo --out new")
+    assert len(calls) == 8
+
+
+def test_a_reference_with_a_shorter_context(call, runs, tiny):
+    """Prompts and answers that fit into the policy's context, and not into the reference's."""
+    common.save_model(runs / "short", tiny(3, context=20), {})
+    call(ppo, f"{TINY} --prompts 30 --max-new-tokens 9 --ref short --out new")
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -1005,6 +1020,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(diverges, name):
         "--out sft",
         "--ref other --out other",
         "--reward judge --out judge",
+        "--minibatches 7",  # of 6 answers
     ],
 )
 def test_a_wrong_command_line_is_refused(refused, flags):

@@ -412,6 +412,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(diverges):
     assert "step 2" in diverges(rs, TINY, "imitation_loss", 3)
 
 
+def test_a_reference_with_a_shorter_context(call, runs, tiny):
+    """What fits into the policy's context, and not into the reference's."""
+    common.save_model(runs / "short", tiny(3, context=20), {})
+    call(rs, f"{TINY} --prompts 30 --max-new-tokens 9 --ref short --out new")
+
+
 @pytest.mark.parametrize(
     "flags",
     [

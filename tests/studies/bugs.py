@@ -902,10 +902,24 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
         "tests/test_ppo.py::test_an_update_is_its_slow_replay",
     ),
     (
+        "fewer minibatches than --minibatches says",
+        "ppo.py",
+        "order.tensor_split(cfg.minibatches)",
+        "order.chunk(cfg.minibatches)",
+        "tests/test_ppo.py::test_as_many_updates_as_minibatches_says",
+    ),
+    (
+        "prompts that the reference's context has no room for",
+        "ppo.py",
+        "common.read_prompts(cfg.data, cfg.max_new_tokens, context)",
+        "common.read_prompts(cfg.data, cfg.max_new_tokens, policy.config.context)",
+        "tests/test_ppo.py::test_a_reference_with_a_shorter_context",
+    ),
+    (
         "--minibatches not used",
         "ppo.py",
-        ".chunk(cfg.minibatches)",
-        ".chunk(4)",
+        "order.tensor_split(cfg.minibatches)",
+        "order.tensor_split(2)",
         "tests/test_ppo.py::test_an_update_is_its_slow_replay",
     ),
     (
