@@ -28,7 +28,7 @@ Not equal:
                    number. `tuned` by ours: in batches of like length its own would give a
                    token of a short row several times the weight
     reward_model   nothing
-    dpo            nothing; TRL asks π_ref at every step, we once before: the same numbers
+    dpo            nothing
     rloo           the sampled answers. ρ and its clip are one per answer in TRL, one per token
                    here. TRL's rate falls at every update, ours at every rollout. TRL cuts a
                    rollout into minibatches once, we at every epoch. TRL's reward model reads
@@ -92,7 +92,6 @@ def ours(stage: str, runs: Path, flags: list[str]) -> None:
 
     def noting(function):
         def with_note(model, tokens, mask):
-            clock.start()  # dpo asks π_ref before its Run begins
             if torch.is_grad_enabled() and STAGES[stage][0] != "ppo.py":
                 if not noted and stage == "reward_model":  # its head is new
                     common.save_model(runs / "reward_model_start", model, {})
