@@ -54,9 +54,7 @@ from common import arg
 @dataclass
 class Config:
     beta: float = arg(0.3, "β, the price of one nat of KL, in reward per nat")
-    estimator: str = arg(
-        "value", "of the advantage A", choices=("value", "rloo", "grpo", "reinforce", "gae")
-    )
+    estimator: str = arg("value", "of A", choices=("value", "rloo", "grpo", "reinforce", "gae"))
     steps: int = arg(60, "rollouts, each followed by its updates", low=1)
     prompts: int = arg(32, "M, prompts per step", low=1)
     samples: int = arg(4, "N, completions per prompt", low=1)
@@ -311,7 +309,7 @@ def trace(
     prompt = common.decode(tokens[0, : mask[0].int().argmax()].tolist())
     lines = [f"step {step}   x: {prompt}   A by {cfg.estimator}, β = {cfg.beta}"]
     names = "r", "log π", "log π_ref", "kl", "R", "baseline", "A", "log π after"
-    lines += [("{:>12}" * 8).format(*names) + "   y"]
+    lines += [("{:>12}" * 8).format(*names) + "   y"]  # 8 columns of width 12
     baseline = R.mean().expand(n) if cfg.estimator == "grpo" else R - mean(A)
     columns = batch.reward[:n], old.sum(1), ref.sum(1), batch.kl[:n], R, baseline, mean(A)
     for i, numbers in enumerate(zip(*columns, new.sum(1))):

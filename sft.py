@@ -167,8 +167,7 @@ def main(cfg: Config) -> None:
     new_base = cfg.init == "base" and (cfg.raw or not base.exists())
     for flag in ("raw", "base_steps", "base_lr", "layers", "channels", "context"):
         if getattr(cfg, flag) != getattr(Config, flag) and not new_base:
-            kept = f"{cfg.runs}/{cfg.init} is taken as it is"
-            common.fail(f"--{flag.replace('_', '-')} is for a new base model, but {kept}")
+            common.fail(f"--{flag.replace('_', '-')}: {cfg.runs}/{cfg.init} is used as it is")
     if cfg.channels % 32:
         common.fail(f"--channels {cfg.channels}: a multiple of 32 is needed")
     device, context = common.pick_device(cfg.device), cfg.context
