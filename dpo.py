@@ -49,9 +49,7 @@ from common import Transformer, arg
 @dataclass
 class Config:
     loss: str = arg("dpo", "L", choices=("dpo", "ipo", "hinge"))
-    beta: float = arg(
-        0.3, "β (IPO: τ), the price of one nat of KL, in reward per nat", low=1e-6
-    )
+    beta: float = arg(0.3, "β (IPO: τ), the price of KL, in reward per nat", low=1e-6)
     label_smoothing: float = arg(0.0, "ε, share of labels taken to be flipped", high=0.499)
     nll: float = arg(0.0, "weight of the chosen answer's NLL per token, eq:dpo_nll")
     pairs: int = arg(20_000, "train on at most so many comparisons", low=1)
@@ -70,15 +68,14 @@ class Config:
 
 
 # ------------------------------------------------------------------------------- the maths
-# Each loss takes log-ratios log π(y|x) − log π_ref(y|x), (B,), in nats and returns one value
-# per pair, (B,). h is the chosen log-ratio minus the rejected one. ε (label_smoothing), a
-# number or (B,), is the assumed probability that the label is wrong: each loss is
-# (1 − ε) loss(h) + ε loss(−h).
+# Each loss takes log-ratios log π/π_ref (y|x), (B,), in nats and returns one value per pair,
+# (B,): (1 − ε) loss(h) + ε loss(−h). ε (label_smoothing), a number or (B,), is the assumed
+# probability that the label is wrong.
 
 
 def dpo(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing=0.0) -> Tensor:
     """eq:dpo_core, nats; with ε conservative DPO, least at h = ln((1 − ε)/ε)/β."""
-    # h = log π/π_ref (y_c|x) − log π/π_ref (y_r|x),   ε the share of flipped labels
+    # h = log π/π_ref (y_c|x) − log π/π_ref (y_r|x)
     h, eps = chosen - rejected, label_smoothing
     # L = −(1 − ε) log σ(β h) − ε log σ(−β h)
     return -(1 - eps) * F.logsigmoid(beta * h) - eps * F.logsigmoid(-beta * h)
@@ -138,8 +135,21 @@ def train(cfg: Config, policy: Transformer, reference: Transformer, rows: list[d
             norm = common.descend(loss + cfg.nll * nll, policy, optimizer, lr)
             if step == 0:
                 check_start(cfg, torch.cat([chosen, rejected]))
-            row = pair_row(cfg.beta, loss, nll, chosen, rejected, logprobs)
-            run.log(**row, grad_norm=norm, lr=lr)
+            # r(x, y) = β log π(y|x)/π_ref(y|x)                               eq:dpo_reward
+            reward_chosen = cfg.beta * chosen.mean()
+            reward_rejected = cfg.beta * rejected.mean()
+            run.log(
+                loss=loss,
+                nll=nll,
+                reward_chosen=reward_chosen,
+                reward_rejected=reward_rejected,
+                margin=reward_chosen - reward_rejected,
+                accuracy=(chosen > rejected).float().mean(),
+                chosen_logp=logprobs[:, 0].mean(),
+                rejected_logp=logprobs[:, 1].mean(),
+                grad_norm=norm,
+                lr=lr,
+            )
 
 
 def check_start(cfg: Config, logratios: Tensor) -> None:
@@ -149,22 +159,6 @@ def check_start(cfg: Config, logratios: Tensor) -> None:
         common.say(f"{cfg.init} starts away from {cfg.ref}: a log-ratio is {largest:.3f}")
     elif largest > 1e-4:
         common.fail(f"step 0: policy = reference, but a log-ratio is {largest:.1e}", 1)
-
-
-def pair_row(beta: float, loss, nll, chosen, rejected, logprobs) -> dict[str, Tensor]:
-    """The batch's row of metrics.csv: implicit rewards (eq:dpo_reward) and log-probs."""
-    # r(x, y) = β log π(y|x)/π_ref(y|x)
-    reward_chosen, reward_rejected = beta * chosen.mean(), beta * rejected.mean()
-    return {
-        "loss": loss,
-        "nll": nll,
-        "reward_chosen": reward_chosen,
-        "reward_rejected": reward_rejected,
-        "margin": reward_chosen - reward_rejected,
-        "accuracy": (chosen > rejected).float().mean(),
-        "chosen_logp": logprobs[:, 0].mean(),
-        "rejected_logp": logprobs[:, 1].mean(),
-    }
 
 
 def main(cfg: Config) -> None:
@@ -178,14 +172,13 @@ def main(cfg: Config) -> None:
     common.seed_all(cfg.seed)
     random.shuffle(train_rows)
     train_rows = train_rows[: cfg.pairs]
-    count = f"{len(train_rows)} comparisons"
-    common.say(f"{cfg.runs}/{cfg.out}: {cfg.loss}, β = {cfg.beta}, {count}")
+    about = f"{cfg.loss}, β = {cfg.beta}, {len(train_rows)} comparisons"
+    common.say(f"{cfg.runs}/{cfg.out}: {about}")
     train(cfg, policy, reference, train_rows)
 
     prompts = common.read_prompts(cfg.data, cfg.max_new_tokens, context)[1]
-    common.closing_table(
-        cfg, [cfg.ref, cfg.init, cfg.out], *common.table_reward(cfg, device), prompts, device
-    )
+    names, reward = [cfg.ref, cfg.init, cfg.out], common.table_reward(cfg, device)
+    common.closing_table(cfg, names, *reward, prompts, device)
 
 
 if __name__ == "__main__":

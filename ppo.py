@@ -12,7 +12,6 @@
     R              returns                      response_return: a one-sample estimate of J
     V(x)           values                       common.token_values: before y has begun
     A              advantages                   estimate_advantages
-    J              J = reward − β kl            logged, with reward and kl, every step
 
 A step of the algorithm, numbered as in the code:
     1  sample N answers to each of M prompts           collect
@@ -21,7 +20,7 @@ A step of the algorithm, numbered as in the code:
     4  A = R − baseline                                estimate_advantages
     5  K epochs of clipped updates                     update → policy_loss, value_loss
 
-What sets this apart from standard RL, eq:rl_opt (chapter "Training Overview"), is marked:
+Three places differ from standard RL, eq:rl_opt (chapter "Training Overview"):
     [a] a reward model in place of a reward function;
     [b] no state transitions: the prompt is the state, a whole completion is the action;
     [c] one reward for the whole response, and no γ: eq:rl_opt_int.
@@ -40,7 +39,7 @@ The book's algorithms (chapter "Reinforcement Learning"), and what differs here:
 Look at: J and reward rising while kl stays at a few nats, and gold, which no loss here
 uses, rising with them. Reward up and gold down is over-optimisation: raise β or get a
 better reward model. trace.txt follows one prompt through a step, symbol by symbol.
-`rollout_row` and `update` explain every column of metrics.csv.
+`collect` and `update` explain every column of metrics.csv.
 """
 
 from dataclasses import dataclass
@@ -55,9 +54,7 @@ from common import arg
 @dataclass
 class Config:
     beta: float = arg(0.3, "β, the price of one nat of KL, in reward per nat")
-    estimator: str = arg(
-        "value", "of the advantage A", choices=("value", "rloo", "grpo", "reinforce", "gae")
-    )
+    estimator: str = arg("value", "of A", choices=("value", "rloo", "grpo", "reinforce", "gae"))
     steps: int = arg(60, "rollouts, each followed by its updates", low=1)
     prompts: int = arg(32, "M, prompts per step", low=1)
     samples: int = arg(4, "N, completions per prompt", low=1)
@@ -85,10 +82,9 @@ def response_return(
 ) -> tuple[Tensor, Tensor]:
     """A one-sample estimate of J per row, and the KL in it: (returns, kl), both (B,).
 
-    score (B,) is r(x, y); log-probs and mask are (B, T). kl, in nats per response, is the
-    estimator called k1, log π − log π_ref: its mean over y ~ π is KL(π ‖ π_ref) exactly
-    (eq:kl_expectation). Both are detached, although kl depends on π: what is left out,
-    −β E[∇ log π(y|x)], is 0.
+    score (B,) is r(x, y); log-probs and mask are (B, T). The mean of kl, in nats, over y ~ π
+    is KL(π ‖ π_ref) exactly (eq:kl_expectation; the estimator is called k1). Both are detached
+    although kl depends on π: what is left out, −β E[∇ log π(y|x)], is 0.
     """
     # KL = E_y[Σ_t log π(y_t | x, y_<t) − log π_ref(y_t | x, y_<t)]
     kl = ((logprobs - ref_logprobs) * response_mask).sum(1)
@@ -201,11 +197,11 @@ class Batch:
 
 @torch.no_grad()
 def collect(cfg: Config, prompts: list[str], policy, reference, critic, reward) -> Batch:
-    """Sample and score: steps 1 to 3 of the algorithm."""
+    """Steps 1 to 3 of the algorithm, and what metrics.csv says of the rollout."""
     asked = [prompt for prompt in prompts for _ in range(cfg.samples)]
     # 1. y ~ π(·|x) for all M × N rows at once. [b] The episode is over when y is.
     rollout = common.generate(policy, [common.chat(x) for x in asked], cfg.max_new_tokens)
-    tokens, mask = rollout.tokens, rollout.response_mask
+    tokens, mask, finished = rollout.tokens, rollout.response_mask, rollout.finished
     # 2. log π(y|x), log π_ref(y|x), r(x, y), V: one batched pass each
     logprobs = common.token_logprobs(policy, tokens, mask)
     ref_logprobs = common.token_logprobs(reference, tokens, mask)
@@ -214,27 +210,21 @@ def collect(cfg: Config, prompts: list[str], policy, reference, critic, reward) 
     values = common.token_values(critic, tokens, value_mask) if critic else 0 * logprobs
     # 3. [c] one number for the whole response
     returns, kl = response_return(scores, logprobs, ref_logprobs, mask, cfg.beta)
-    row = rollout_row(asked, rollout, scores, kl, logprobs, cfg.beta)
-    return Batch(
-        tokens, mask, logprobs, ref_logprobs, scores, returns, kl, value_mask, values, row
-    )
-
-
-def rollout_row(asked, rollout, reward, kl, logprobs, beta) -> dict:
-    """What metrics.csv says of a rollout, from before its updates. `update` adds the rest."""
-    mask, finished = rollout.response_mask, rollout.finished
     answers = zip(asked, common.completions(rollout), finished.tolist())
     gold = [common.gold_reward(*answer) for answer in answers]
-    return {
-        "reward": reward.mean(),  # mean r(x, y)
+    row = {
+        "reward": scores.mean(),  # mean r(x, y)
         "kl": kl.mean(),  # mean Σ_t log π − log π_ref: KL(π ‖ π_ref), nats per response
-        "J": reward.mean() - beta * kl.mean(),  # the objective
+        "J": scores.mean() - cfg.beta * kl.mean(),  # the objective
         "gold": sum(gold) / len(gold),  # the annotators' true reward; no loss uses it
         "length": mask.sum(1).float().mean(),  # tokens per response, EOS included
         "finished": finished.float().mean(),  # share that ended with EOS
         "entropy": -logprobs.sum() / mask.sum(),  # mean −log π, nats per token
         "sampler_gap": (logprobs - rollout.logprobs).abs().max(),  # sampling against scoring
     }
+    return Batch(
+        tokens, mask, logprobs, ref_logprobs, scores, returns, kl, value_mask, values, row
+    )
 
 
 def estimate_advantages(estimator: str, cfg: Config, batch: Batch) -> Tensor:
@@ -266,11 +256,10 @@ def update(
     """Step 5: K epochs of clipped minibatch updates. In the first one the ratio is 1 and the
     gradient is REINFORCE's, with A; with K = 1 and one minibatch there is no other.
 
-    Returns the other columns of metrics.csv, means over the updates unless said otherwise:
-    `policy_loss`, `value_loss`; `grad_norm` of the policy, before gradient clipping;
-    `clipped`, the share of response tokens whose gradient the clip turned off; `ratio_max`,
-    the largest ρ of any update; `start_ratio`, the largest ρ or 1/ρ in the first update,
-    which must be 1; `lr`."""
+    Returns the other columns of metrics.csv, means over the updates: `policy_loss`,
+    `value_loss`; `grad_norm` of the policy, before gradient clipping; `clipped`, the share of
+    response tokens whose gradient the clip turned off. And `ratio_max`, the largest ρ of any
+    update; `start_ratio`, the largest ρ or 1/ρ in the first, which must be 1; `lr`."""
     targets = advantages + batch.values  # value: R, at the first token; gae: A_t + V(s_t)
     steps = []
     for _ in range(cfg.epochs):
@@ -293,10 +282,10 @@ def update(
             step["start_ratio"] = torch.maximum(ratio, 1 / ratio).max()
             steps.append(step)
     columns = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}
-    means = {"value_loss": None} | {key: column.mean() for key, column in columns.items()}
-    largest = columns["ratio_max"].max()  # over all updates
-    first = columns["start_ratio"][0]  # ρ or 1/ρ before the first update, where both must be 1
-    return means | {"ratio_max": largest, "start_ratio": first, "lr": lr}
+    row = {"value_loss": None} | {key: column.mean() for key, column in columns.items()}
+    row["ratio_max"] = columns["ratio_max"].max()
+    row["start_ratio"] = columns["start_ratio"][0]
+    return row | {"lr": lr}
 
 
 # ----------------------------------------------------------------------------------- trace
@@ -314,39 +303,38 @@ def trace(
     old, ref = batch.logprobs[:n], batch.ref_logprobs[:n]
     new = common.token_logprobs(policy, tokens, mask)
 
-    def line(cells, text: str) -> str:
-        return "".join(f"{x:>12}" if isinstance(x, str) else f"{x:12.2f}" for x in cells) + text
-
     def mean(values: Tensor) -> Tensor:  # over a response: gae has an A for every token
         return (values * mask).sum(1) / mask.sum(1)
 
-    prompt = common.decode(tokens[0, : int(mask[0].long().argmax())].tolist())
+    prompt = common.decode(tokens[0, : mask[0].int().argmax()].tolist())
     lines = [f"step {step}   x: {prompt}   A by {cfg.estimator}, β = {cfg.beta}"]
-    names = ("r", "log π", "log π_ref", "kl", "R", "baseline", "A", "log π after")
+    names = "r", "log π", "log π_ref", "kl", "R", "baseline", "A", "log π after"
+    lines += [("{:>12}" * 8).format(*names) + "   y"]  # 8 columns of width 12
     baseline = R.mean().expand(n) if cfg.estimator == "grpo" else R - mean(A)
     columns = batch.reward[:n], old.sum(1), ref.sum(1), batch.kl[:n], R, baseline, mean(A)
-    lines += [line(names, "   y")]
-    for i, numbers in enumerate(torch.stack((*columns, new.sum(1)), 1).tolist()):
-        lines += [line(numbers, f"   {common.decode(tokens[i][mask[i]].tolist())!r}")]
+    for i, numbers in enumerate(zip(*columns, new.sum(1))):
+        answer = common.decode(tokens[i][mask[i]].tolist())
+        lines += [("{:12.2f}" * 8).format(*numbers) + f"   {answer!r}"]
 
     i = int(mean(A).abs().argmax())
     ratio = (new - old).exp()
     off = is_clipped(ratio, A, cfg.clip)
-    lines += ["", line(("log π", "log π_ref", "A", "ρ after"), "   y_t")]
+    lines += ["", ("{:>12}" * 4).format("log π", "log π_ref", "A", "ρ after") + "   y_t"]
     for t in mask[i].nonzero().flatten().tolist():
-        name = repr(common.decode([tokens[i, t]])) if tokens[i, t] != common.EOS else "EOS"
-        name += "   clipped: no more gradient" if off[i, t] else ""
-        lines += [line([x[i, t].item() for x in (old, ref, A, ratio)], f"   {name}")]
+        piece = repr(common.decode([tokens[i, t]])) if tokens[i, t] != common.EOS else "EOS"
+        clipped = "   clipped: no more gradient" if off[i, t] else ""
+        numbers = old[i, t], ref[i, t], A[i, t], ratio[i, t]
+        lines += [("{:12.2f}" * 4).format(*numbers) + f"   {piece}{clipped}"]
 
     lines += [""]
-    trained = {"value": ("value", "gae"), "gae": ("gae",)}  # whose V the run at hand has
     for name in ("reinforce", "value", "rloo", "grpo", "gae"):
-        text = "needs a V that this run does not train"
-        if cfg.estimator in trained.get(name, (cfg.estimator,)):
+        if name in ("rloo", "grpo") and n == 1:
             text = "needs N > 1"
-            if n > 1 or name not in ("rloo", "grpo"):
-                other = estimate_advantages(name, cfg, batch)[:n].expand_as(mask)
-                text = line(mean(other).tolist(), "")
+        elif name in ("value", "gae") and cfg.estimator not in (name, "gae"):
+            text = "needs a V that this run does not train"
+        else:
+            other = estimate_advantages(name, cfg, batch)[:n].expand_as(mask)
+            text = ("{:12.2f}" * n).format(*mean(other))
         lines += [f"A by {name:10s}{text}"]
     sums = f"{row['J']:.3f} = {row['reward']:.3f} − {cfg.beta} × {row['kl']:.3f}"
     lines += [f"J = reward − β kl = mean R over the batch: {sums} = {batch.returns.mean():.3f}"]
@@ -356,9 +344,9 @@ def trace(
 # ------------------------------------------------------------------------------------ main
 
 
-def check_start(row: dict[str, float], same: bool) -> None:
+def check_start(cfg: Config, row: dict[str, float]) -> None:
     """Constants that hold before anything is learned; 1e-4 tells bugs from rounding."""
-    if same and row["kl"] != 0:
+    if cfg.init == cfg.ref and row["kl"] != 0:
         common.fail(f"policy and reference are the same, but KL is {row['kl']}", 1)
     if abs(row["start_ratio"] - 1) > 1e-4 or row["sampler_gap"] > 1e-4:
         common.fail(f"step 0: ρ is {row['start_ratio']} before any update, and must be 1", 1)
@@ -383,8 +371,6 @@ def main(cfg: Config) -> None:
         critic = common.scalar_copy(policy)
         torch.nn.init.zeros_(critic.scalar.weight)
     optimizers = [common.adamw(model) for model in (policy, critic) if model]
-    weights = zip(policy.parameters(), reference.parameters())
-    same = all(torch.equal(a, b) for a, b in weights)
     common.say(
         f"{cfg.runs}/{cfg.out}: {cfg.estimator}, β = {cfg.beta}, {cfg.steps} steps of "
         f"{cfg.prompts} prompts × {cfg.samples} answers, reward: {cfg.reward}"
@@ -399,13 +385,12 @@ def main(cfg: Config) -> None:
             row = batch.row | update(cfg, batch, advantages, policy, critic, optimizers, lr)
             row = run.log(**row)
             if step == 0:
-                check_start(row, same)
+                check_start(cfg, row)
             if step % 20 == 0 or step + 1 == cfg.steps:
                 traces.append(trace(cfg, step, batch, advantages, policy, row))
     common.write(run.folder / "trace.txt", "\n".join(traces))
     common.say("\n" + traces[-1])
-    names = [cfg.ref, cfg.init, cfg.out]
-    common.closing_table(cfg, names, reward, cfg.reward, held, device)
+    common.closing_table(cfg, [cfg.ref, cfg.init, cfg.out], reward, cfg.reward, held, device)
 
 
 if __name__ == "__main__":

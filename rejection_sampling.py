@@ -26,9 +26,9 @@ A round, numbered as in the code:
 Look at: gold beside the control, which trains on equally many answers, chosen at random, and
 so stands still. selected.jsonl has the answers that were kept; `sft.py --data` takes it.
 metrics.csv: `round`; of the round's samples, drawn before its updates, `reward`, `gold`
-(means) and `kl` (nats per response; of π only at temperature 1);
-`selected_reward` and `selected_gold`, the means of those kept; `loss` (nats per token: the
-batch's sum over the mean token count of a batch), `grad_norm` (before clipping), `lr`.
+(means) and `kl` (nats per response; of π only at temperature 1); `selected_reward` and
+`selected_gold`, the means of those kept; `loss` (nats per token: the batch's sum over the
+mean token count of a batch), `grad_norm` (before clipping), `lr`.
 """
 
 import json
@@ -103,19 +103,18 @@ def imitation_loss(logprobs: Tensor, mask: Tensor, count: float | Tensor | None 
 def sample_and_score(cfg: Config, prompts: list[str], policy, reference, reward):
     """Steps 1 and 2: the M × N answers, rows of selected.jsonl and their (prompt, response)
     ids; rewards and gold, (M, N) each; and the KL."""
-    answers, ids, rewards, kl = [], [], [], []
+    answers, ids, rewards, gold, kl = [], [], [], [], []
     given = prompts, cfg.samples, cfg.max_new_tokens, cfg.temperature
     for asked, rollout in common.samples(policy, *given):
-        rewards.append(reward(asked, rollout).cpu())
-        columns = zip(asked, common.completions(rollout), rollout.finished.tolist())
-        keys = ("prompt", "completion", "completion_finished")
-        answers += [dict(zip(keys, row)) for row in columns]
-        ids += zip([common.chat(x) for x in asked], common.response_ids(rollout))
         tokens, mask = rollout.tokens, rollout.response_mask
+        rewards.append(reward(asked, rollout).cpu())
         log_ratio = common.token_logprobs(policy, tokens, mask)
         log_ratio = log_ratio - common.token_logprobs(reference, tokens, mask)
         kl.append(log_ratio.sum(1))
-    gold = [common.gold_reward(*(answer[key] for key in keys)) for answer in answers]
+        ids += zip([common.chat(x) for x in asked], common.response_ids(rollout))
+        for x, y, end in zip(asked, common.completions(rollout), rollout.finished.tolist()):
+            answers.append({"prompt": x, "completion": y, "completion_finished": end})
+            gold.append(common.gold_reward(x, y, end))
     shape = len(prompts), cfg.samples
     rewards, gold = torch.cat(rewards).view(shape), torch.tensor(gold).view(shape)
     return answers, ids, rewards, gold, torch.cat(kl).mean()
@@ -135,9 +134,7 @@ def select(cfg: Config, rewards: Tensor) -> Tensor:
 
 def main(cfg: Config) -> None:
     if cfg.select == "top_k" and cfg.top_k > cfg.prompts * cfg.samples:
-        common.fail(
-            f"--top-k {cfg.top_k} of M·N = {cfg.prompts * cfg.samples} answers: lower it"
-        )
+        common.fail(f"--top-k {cfg.top_k}: more than --prompts × --samples; lower it")
     device = common.pick_device(cfg.device)
     common.check_inputs(cfg, cfg.init, cfg.ref, cfg.reward)
     reward = common.load_reward(cfg, cfg.reward, device)
@@ -178,8 +175,7 @@ def main(cfg: Config) -> None:
             run.log(**row, loss=loss, grad_norm=norm, lr=lr)
     lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in kept]
     common.write(run.folder / "selected.jsonl", "".join(lines))
-    names = [cfg.ref, cfg.init, cfg.out]
-    common.closing_table(cfg, names, reward, cfg.reward, held, device)
+    common.closing_table(cfg, [cfg.ref, cfg.init, cfg.out], reward, cfg.reward, held, device)
 
 
 if __name__ == "__main__":

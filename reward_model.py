@@ -9,8 +9,7 @@ supposes P(y_c ≻ y_r) = σ(r(x, y_c) − r(x, y_r)); r is fitted by maximum li
     symbol         here                    made by
     x, y_c, y_r    rows of comparisons     common.comparisons: judged answers of --init
     r(x, y), r_θ   r_chosen, r_rejected    common.score: scalar head at the last response token
-    m              cfg.margin              bradley_terry_loss: one constant, where
-                                           eq:rewardmodelingmargin has a margin for each pair
+    m              cfg.margin              one for all pairs; eq:rewardmodelingmargin: one each
     L              loss                    bradley_terry_loss
 
 A step, numbered as in the code:
@@ -142,10 +141,9 @@ def accuracies(model: Transformer, rows: list[dict]) -> dict[str, float]:
     )
     gold_gap = torch.tensor(chosen).double() - torch.tensor(rejected).double()
     if not gold_gap.isnan().any():
-        apart = gold_gap != 0
         found["accuracy"] = torch.sigmoid(gold_gap * gap.sign()).mean().item()
         found["ceiling"] = torch.sigmoid(gold_gap.abs()).mean().item()
-        found["order"] = (gap.sign() == gold_gap.sign())[apart].double().mean().item()
+        found["order"] = (gap.sign() == gold_gap.sign())[gold_gap != 0].double().mean().item()
     return found
 
 

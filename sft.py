@@ -47,9 +47,7 @@ class Config:
     steps: int = arg(300, "instruction tuning: gradient steps", low=1)
     batch: int = arg(64, "rows per step, B", low=1)
     lr: float = arg(2e-3, "instruction tuning: learning rate, falling to 0", high=1)
-    demonstrations: int = arg(
-        2400, "how many of the built-in world; a sixth is held out", low=50
-    )
+    demonstrations: int = arg(2400, "of the built-in world; a sixth is held out", low=50)
     data: str = arg(None, "your own JSONL: {prompt, completion} or {messages}")
     base_steps: int = arg(200, "base model: gradient steps", low=1)
     base_lr: float = arg(3e-3, "base model: learning rate, falling to 0", high=1)
@@ -72,9 +70,8 @@ def sft_loss(logprobs: Tensor, mask: Tensor, count: float | Tensor | None = None
     """Mean negative log-likelihood (nats per token) of the tokens in the mask, (B, T) -> ().
 
     `count` is what the sum is divided by: the batch's own tokens, or, in training, the mean
-    token count of a batch. With that constant a token weighs the same in every batch, and
-    the mean over an epoch's batches is L; with its own count a token in a batch of short
-    rows would weigh several times more. Source: "Instruction Fine-Tuning".
+    token count of a batch. With that constant the mean over an epoch's batches is L; with its
+    own a token in a batch of short rows would weigh more. Source: "Instruction Fine-Tuning".
     """
     # L = − (Σ_t mask_t log π(y_t | x, y_<t)) / (Σ_t mask_t)
     return -(logprobs * mask).sum() / (mask.sum() if count is None else count)
@@ -115,8 +112,8 @@ def read_text(path: str) -> str:
 
 
 def raw_windows(text: str, width: int = 32) -> tuple[Tensor, Tensor]:
-    """The text cut into B windows: tokens (B, T), and a mask that is True but at a window's
-    first token, before which there is nothing to predict it from."""
+    """The text cut into B windows: tokens (B, T), and a mask of all that can be predicted,
+    which a window's first token cannot."""
     ids = torch.tensor(common.encode(text))
     width = min(width, len(ids))
     tokens = ids[: len(ids) // width * width].view(-1, width)
@@ -133,9 +130,8 @@ def chat_rows(rows: list[dict]) -> tuple[Tensor, Tensor]:
 
 def train(cfg: Config, out: str, model: Transformer, rows, held, lr: float, steps: int) -> None:
     """Descend L on rows = (tokens, mask), measure it on `held`, and save to runs/`out`."""
-    (tokens, mask), (held_tokens, held_mask) = (
-        [x.to(model.device) for x in part] for part in (rows, held)
-    )
+    tokens, mask = (x.to(model.device) for x in rows)
+    held_tokens, held_mask = (x.to(model.device) for x in held)
     count = mask.sum() / math.ceil(len(mask) / cfg.batch)  # mean tokens of a batch
     optimizer, stream = common.adamw(model), common.minibatches(cfg.batch, tokens, mask)
     with common.Run(cfg, out, model, steps, show=("loss", "held_out_loss")) as run:
@@ -146,7 +142,7 @@ def train(cfg: Config, out: str, model: Transformer, rows, held, lr: float, step
             now = lr * (1 - step / steps)
             norm = common.descend(loss, model, optimizer, now)
             held_out_loss = None
-            if step % 50 == 0 or step == steps - 1:
+            if step % 50 == 0 or step + 1 == steps:
                 with torch.no_grad():
                     logprobs = common.token_logprobs(model, held_tokens, held_mask)
                     held_out_loss = sft_loss(logprobs, held_mask)
@@ -158,33 +154,24 @@ def make_base(cfg: Config, device: torch.device) -> None:
     common.say(f"{cfg.runs}/base: next-token prediction on raw text, {cfg.base_steps} steps")
     text = read_text(cfg.raw) if cfg.raw else raw_text(cfg.seed)
     cut = int(len(text) * 0.95)  # the end of the text is held out
-    heads = cfg.channels // 32
-    shape = common.ModelConfig(
-        channels=cfg.channels,
-        layers=cfg.layers,
-        heads=heads,
-        kv_heads=heads,
-        hidden=cfg.channels * 11 // 4,
-        context=cfg.context,
-    )
+    C, heads = cfg.channels, cfg.channels // 32
+    widths = dict(channels=C, hidden=C * 11 // 4, heads=heads, kv_heads=heads)
+    shape = common.ModelConfig(layers=cfg.layers, context=cfg.context, **widths)
     model = Transformer(shape).to(device)
     rows, held = raw_windows(text[:cut]), [x[:256] for x in raw_windows(text[cut:])]
     train(cfg, "base", model, rows, held, cfg.base_lr, cfg.base_steps)
 
 
 def main(cfg: Config) -> None:
-    there = (Path(cfg.runs) / cfg.init / "model.pt").exists()
-    base_flags = ("base_steps", "base_lr", "layers", "channels", "context")
-    given = [flag for flag in base_flags if getattr(cfg, flag) != getattr(Config, flag)]
-    if cfg.raw and cfg.init != "base":
-        common.fail(f"--raw {cfg.raw}: it is for the base model; use it without --init")
-    if given and there and not cfg.raw:
-        common.fail(f"--{given[0].replace('_', '-')}: {cfg.runs}/{cfg.init} is there already")
+    base = Path(cfg.runs) / "base/model.pt"
+    new_base = cfg.init == "base" and (cfg.raw or not base.exists())
+    for flag in ("raw", "base_steps", "base_lr", "layers", "channels", "context"):
+        if getattr(cfg, flag) != getattr(Config, flag) and not new_base:
+            common.fail(f"--{flag.replace('_', '-')}: {cfg.runs}/{cfg.init} is used as it is")
     if cfg.channels % 32:
         common.fail(f"--channels {cfg.channels}: a multiple of 32 is needed")
-    device = common.pick_device(cfg.device)
-    context = cfg.context
-    if there and not cfg.raw:  # it has a context of its own
+    device, context = common.pick_device(cfg.device), cfg.context
+    if not new_base:
         context = common.load_run(cfg, cfg.init, "lm", device).config.context
     if cfg.data:
         rows = common.read_jsonl(cfg.data, ("prompt", "completion"), context=context)
@@ -192,7 +179,7 @@ def main(cfg: Config) -> None:
         rows = common.demonstrations(cfg.demonstrations, cfg.seed)
     train_rows, held_rows = common.split(rows)
     common.seed_all(cfg.seed)
-    if cfg.init == "base" and (cfg.raw or not there):
+    if new_base:
         make_base(cfg, device)
     model = common.load_run(cfg, cfg.init, "lm", device)
 
@@ -203,8 +190,8 @@ def main(cfg: Config) -> None:
 
     prompts = common.read_prompts(cfg.data, cfg.max_new_tokens, model.config.context)[1]
     ref = "sft" if (Path(cfg.runs) / "sft/model.pt").exists() else cfg.out
-    names = [ref, cfg.init, cfg.out]
-    common.closing_table(cfg, names, *common.table_reward(cfg, device), prompts, device)
+    names, reward = [ref, cfg.init, cfg.out], common.table_reward(cfg, device)
+    common.closing_table(cfg, names, *reward, prompts, device)
 
 
 if __name__ == "__main__":

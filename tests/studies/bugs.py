@@ -181,8 +181,8 @@ FORMULAS = [  # a formula is wrong
     (
         "ratio_max is a mean",
         "ppo.py",
-        'largest = columns["ratio_max"].max()',
-        'largest = columns["ratio_max"].mean()',
+        'row["ratio_max"] = columns["ratio_max"].max()',
+        'row["ratio_max"] = columns["ratio_max"].mean()',
         "tests/test_ppo.py::test_an_update_is_its_slow_replay",
     ),
     (
@@ -358,22 +358,22 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
     (
         "--context ignored",
         "sft.py",
-        "        context=cfg.context,\n    )",
-        "    )",
+        "context=cfg.context, **widths)",
+        "**widths)",
         "tests/test_sft.py::test_the_base_model_by_hand",
     ),
     (
         "a base model that is there is made again",
         "sft.py",
-        'if cfg.init == "base" and (cfg.raw or not there):',
-        'if cfg.init == "base":',
+        "    if new_base:\n",
+        '    if cfg.init == "base":\n',
         "tests/test_sft.py::test_the_base_model_is_made_once_and_made_anew_from_raw",
     ),
     (
         "--raw beside a base model does nothing",
         "sft.py",
-        'if cfg.init == "base" and (cfg.raw or not there):',
-        'if cfg.init == "base" and not there:',
+        "    if new_base:\n",
+        "    if new_base and not base.exists():\n",
         "tests/test_sft.py::test_the_base_model_is_made_once_and_made_anew_from_raw",
     ),
     (
@@ -540,7 +540,7 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
     (
         "ties in gold counted in order",
         "reward_model.py",
-        "(gap.sign() == gold_gap.sign())[apart]",
+        "(gap.sign() == gold_gap.sign())[gold_gap != 0]",
         "(gap.sign() == gold_gap.sign())",
         "tests/test_reward_model.py::test_accuracy_stands_beside_a_ceiling_free_of_label_noise",
     ),
@@ -764,8 +764,8 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
     (
         "cut answers recorded as finished",
         "rejection_sampling.py",
-        "rollout.finished.tolist())\n        keys",
-        "[True] * len(asked))\n        keys",
+        "rollout.finished.tolist()):",
+        "[True] * len(asked)):",
         "tests/test_rejection_sampling.py::test_every_column_and_the_weights_by_hand",
     ),
     (
@@ -848,8 +848,8 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
     (
         "J with the wrong sign of β",
         "ppo.py",
-        '"J": reward.mean() - beta * kl.mean()',
-        '"J": reward.mean() + beta * kl.mean()',
+        '"J": scores.mean() - cfg.beta * kl.mean()',
+        '"J": scores.mean() + cfg.beta * kl.mean()',
         "tests/test_ppo.py::test_a_rollout_by_hand",
     ),
     (
@@ -960,8 +960,8 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
     (
         "trace: log π after is log π before",
         "ppo.py",
-        "    new = common.token_logprobs(policy, tokens, mask)\n\n    def line",
-        "    new = old\n\n    def line",
+        "    new = common.token_logprobs(policy, tokens, mask)\n",
+        "    new = old\n",
         "tests/test_ppo.py::test_trace_shows_the_numbers_of_the_update",
     ),
     (
@@ -981,8 +981,8 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
     (
         "trace: gae has no V for value",
         "ppo.py",
-        '{"value": ("value", "gae"), "gae": ("gae",)}  #',
-        '{"value": ("value",), "gae": ("gae",)}  #',
+        'cfg.estimator not in (name, "gae"):',
+        "cfg.estimator != name:",
         "tests/test_ppo.py::test_trace_shows_the_numbers_of_the_update",
     ),
     (
