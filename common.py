@@ -733,6 +733,13 @@ def answer_ids(row: dict, key: str = "completion") -> tuple[list[int], list[int]
     return chat(row["prompt"]), encode(row[key]) + end
 
 
+def encode_pairs(rows: list[dict], device) -> tuple[Tensor, Tensor]:
+    """Tokens and response masks of comparisons, (B, 2, T) each: [:, 0] chosen, [:, 1] not."""
+    ids = [answer_ids(row, side) for row in rows for side in ("chosen", "rejected")]
+    tokens, mask = collate(ids, device)
+    return tokens.unflatten(0, (-1, 2)), mask.unflatten(0, (-1, 2))
+
+
 def check_finite(folder: Path, model: Transformer) -> None:
     """Weights that are not finite end the program before anything is replaced."""
     if not all(weight.isfinite().all() for weight in model.state_dict().values()):

@@ -105,22 +105,12 @@ def response_logprobs(model: Transformer, tokens: Tensor, mask: Tensor) -> Tenso
     return logprobs.sum(1).view(-1, 2)
 
 
-# ------------------------------------------------------------------------------------ data
-
-
-def encode_pairs(rows: list[dict], device) -> tuple[Tensor, Tensor]:
-    """Tokens and response masks of comparisons, (B, 2, T) each: [:, 0] chosen, [:, 1] not."""
-    ids = [common.answer_ids(row, side) for row in rows for side in ("chosen", "rejected")]
-    tokens, mask = common.collate(ids, device)
-    return tokens.unflatten(0, (-1, 2)), mask.unflatten(0, (-1, 2))
-
-
 # ---------------------------------------------------------------------------------- update
 
 
 def train(cfg: Config, policy: Transformer, reference: Transformer, rows: list[dict]) -> None:
     """Descend L over the comparisons, and save to runs/`out`."""
-    tokens, mask = encode_pairs(rows, policy.device)
+    tokens, mask = common.encode_pairs(rows, policy.device)
     optimizer, stream = common.adamw(policy), common.minibatches(cfg.batch, tokens, mask)
     with common.Run(cfg, cfg.out, policy, cfg.steps, ("loss", "margin", "accuracy")) as run:
         for step in run:

@@ -12,6 +12,7 @@
     R              returns                      response_return: a one-sample estimate of J
     V(x)           values                       common.token_values: before y has begun
     A              advantages                   estimate_advantages
+    J              J = reward − β kl            logged, with reward and kl, every step
 
 A step of the algorithm, numbered as in the code:
     1  sample N answers to each of M prompts           collect

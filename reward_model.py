@@ -77,14 +77,7 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: float = 0.0) ->
     return -F.logsigmoid(chosen - rejected - margin)
 
 
-# ------------------------------------------------------------------------------------ data
-
-
-def encode_pairs(rows: list[dict], device) -> tuple[Tensor, Tensor]:
-    """Tokens and response masks of comparisons, (B, 2, T) each: [:, 0] chosen, [:, 1] not."""
-    ids = [common.answer_ids(row, side) for row in rows for side in ("chosen", "rejected")]
-    tokens, mask = common.collate(ids, device)
-    return tokens.unflatten(0, (-1, 2)), mask.unflatten(0, (-1, 2))
+# ---------------------------------------------------------------------------------- scores
 
 
 def pair_scores(model: Transformer, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +91,7 @@ def pair_scores(model: Transformer, tokens: Tensor, mask: Tensor) -> tuple[Tenso
 
 def train(cfg: Config, model: Transformer, rows: list[dict]) -> None:
     """Descend L over the comparisons, and save to runs/`out`."""
-    tokens, mask = encode_pairs(rows, model.device)
+    tokens, mask = common.encode_pairs(rows, model.device)
     optimizer, stream = common.adamw(model), common.minibatches(cfg.batch, tokens, mask)
     steps = cfg.epochs * math.ceil(len(rows) / cfg.batch)
     with common.Run(cfg, cfg.out, model, steps, show=("loss", "accuracy")) as run:
@@ -131,7 +124,7 @@ def accuracies(model: Transformer, rows: list[dict]) -> dict[str, float]:
     """How r orders pairs: `labels`, the share with r_c > r_r; in the world also `accuracy`
     and `ceiling`, expected over the noisy label, and `order`, the share that gold orders the
     same way, where it differs."""
-    tokens, mask = encode_pairs(rows, model.device)
+    tokens, mask = common.encode_pairs(rows, model.device)
     scores = [pair_scores(model, t, m) for t, m in zip(tokens.split(256), mask.split(256))]
     gap = torch.cat([chosen - rejected for chosen, rejected in scores]).cpu().double()
     found = {"labels": (gap > 0).double().mean().item()}
@@ -159,7 +152,7 @@ def show(cfg: Config, model: Transformer, rows: list[dict]) -> None:
                 judge = common.load_model(folder, "scalar", model.device)
                 found = accuracies(judge, pairs).items()
                 common.say(f"{name:>20s}: " + "  ".join(f"{k} {v:.3f}" for k, v in found))
-    scores = pair_scores(model, *encode_pairs(rows[:3], model.device))
+    scores = pair_scores(model, *common.encode_pairs(rows[:3], model.device))
     for row, r_c, r_r in zip(rows, *(side.tolist() for side in scores)):
         chosen, rejected = f"{r_c:+20.2f}: {row['chosen']}", f"{r_r:+20.2f}: {row['rejected']}"
         common.say(f"{row['prompt']}\n{chosen}\n{rejected}")

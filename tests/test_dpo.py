@@ -209,7 +209,7 @@ def test_what_train_descends_in_the_enumerable_world(
 
 
 def tensors(rows, pad=0):
-    tokens, mask = dpo.encode_pairs(rows, CPU)
+    tokens, mask = common.encode_pairs(rows, CPU)
     return F.pad(tokens, (0, pad), value=common.PAD), F.pad(mask, (0, pad))
 
 

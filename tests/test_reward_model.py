@@ -111,7 +111,7 @@ def test_each_answer_of_a_pair_is_scored_as_if_alone(tiny, pairs):
     there where the answer was cut off."""
     model, rows = tiny(0, "scalar"), pairs(9)
     rows[4]["rejected_finished"] = False
-    found = reward_model.pair_scores(model, *reward_model.encode_pairs(rows, CPU))
+    found = reward_model.pair_scores(model, *common.encode_pairs(rows, CPU))
     for side, scores in zip(("chosen", "rejected"), found):
         for row, r in zip(rows, scores.tolist()):
             assert r == pytest.approx(alone(model, row, side).item(), abs=1e-5)
@@ -122,7 +122,7 @@ def test_padding_and_the_order_of_pairs_change_no_gradient(tiny, pairs):
 
     def gradient(rows, pad):
         model = tiny(0, "scalar")
-        tokens, mask = reward_model.encode_pairs(rows, CPU)
+        tokens, mask = common.encode_pairs(rows, CPU)
         tokens = torch.nn.functional.pad(tokens, (0, pad), value=PAD)
         mask = torch.nn.functional.pad(mask, (0, pad))
         scores = reward_model.pair_scores(model, tokens, mask)

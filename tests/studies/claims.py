@@ -384,7 +384,7 @@ def _(s):
     """DPO lowers the log-probability of chosen answers, and that of rejected ones more"""
     rows = common.read_jsonl(s / "comparisons" / PAIRS, ("prompt", "chosen", "rejected"))
     with torch.no_grad():
-        pairs = dpo.encode_pairs(common.split(rows)[1], "cpu")
+        pairs = common.encode_pairs(common.split(rows)[1], "cpu")
         sft, after = (dpo.response_logprobs(load(s, x), *pairs).mean(0) for x in ("sft", "dpo"))
     chosen, rejected = (sft - after).tolist()
     yield "fall of log π(chosen) > 0", chosen
