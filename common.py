@@ -1006,7 +1006,7 @@ def load_reward(cfg, source: str, device: torch.device) -> Reward:
 
 # --------------------------------------------------------------------------- closing table
 
-NUMBERS = ("gold", "right", "reward", "log_ratio", "length", "finished")
+NUMBERS = ("reward", "gold", "log_ratio", "right", "length", "finished")
 
 
 @torch.no_grad()
@@ -1022,8 +1022,8 @@ def evaluate(policy, reference, reward, prompts: list[str], limit: int, n: int =
         r = reward(asked, rollout) if reward else torch.full_like(log_ratio, math.nan)
         gold = [gold_reward(*row) for row in zip(asked, texts, finished.tolist())]
         facts = [right(*row) for row in zip(asked, texts)]
-        tensors = (x.tolist() for x in (r, log_ratio, mask.sum(1), finished))
-        rows += zip(asked, texts, gold, facts, *tensors)
+        numbers = r, torch.tensor(gold), log_ratio, torch.tensor(facts), mask.sum(1), finished
+        rows += zip(asked, texts, *(column.tolist() for column in numbers))
     asked, answers, *columns = zip(*rows)
     columns = dict(zip(NUMBERS, torch.tensor(columns).view(len(NUMBERS), -1, n)))
     return {"prompts": list(asked[::n]), "answers": list(answers)} | columns
@@ -1031,11 +1031,10 @@ def evaluate(policy, reference, reward, prompts: list[str], limit: int, n: int =
 
 def standard_error(values: Tensor, groups: list) -> float:
     """Of the mean of values (M, N), where only rows of different groups are independent."""
-    sums = dict.fromkeys(groups, 0.0)
-    for group, row in zip(groups, (values - values.mean()).sum(1).tolist()):
-        sums[group] += row
+    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    sums = np.bincount([number[x] for x in groups], (values - values.mean()).sum(1))
     n = len(sums)
-    return math.sqrt(sum(x * x for x in sums.values()) * n / max(1, n - 1)) / values.numel()
+    return math.sqrt(sums @ sums * n / max(1, n - 1)) / values.numel()
 
 
 def win_rate(gold: Tensor, other: Tensor) -> Tensor:
@@ -1055,10 +1054,7 @@ def print_table(cfg, found: dict[str, dict], ref: str, reward_name: str) -> None
     say(line("", "reward", "gold", "KL", "win rate", "right", "length", "finished", "seconds"))
     for name, run in found.items():
         mean = {key: run[key].mean() for key in NUMBERS}
-        cells = [
-            f"{mean[key]:.2f} ± {standard_error(run[key], groups):.2f}"
-            for key in ("reward", "gold", "log_ratio")
-        ]
+        cells = [f"{mean[k]:.2f} ± {standard_error(run[k], groups):.2f}" for k in NUMBERS[:3]]
         cells += [f"{win_rate(run['gold'], found[ref]['gold']):.2f}", f"{mean['right']:.2f}"]
         cells += [f"{mean['length']:.1f}", f"{mean['finished']:.3f}"]
         cells += [f"{run_config(Path(cfg.runs) / name).get('seconds', math.nan):.0f}"]
@@ -1077,14 +1073,13 @@ def table_reward(cfg, device: torch.device) -> tuple[Reward | None, str]:
 def closing_table(cfg, names: list[str], reward, reward_name: str, prompts, device) -> dict:
     """Evaluate these runs, the first of which is π_ref, and print their table; after a
     training also what was said before and after. A run that is no policy is left out."""
-    reference, found = load_model(Path(cfg.runs) / names[0], "lm", device), {}
-    prompts, limit = prompts[:400], cfg.max_new_tokens
+    ref, found = load_model(Path(cfg.runs) / names[0], "lm", device), {}
     names = [names[0], *(name for name in names if name != "base")]  # base knows no chat
     for name in tqdm(dict.fromkeys(names), disable=not PROGRESS):
         try:
             policy = read_model(Path(cfg.runs) / name).to(device)
             if policy.kind == "lm":
-                found[name] = evaluate(policy, reference, reward, prompts, limit)
+                found[name] = evaluate(policy, ref, reward, prompts[:400], cfg.max_new_tokens)
         except ValueError as error:
             say(f"skipped: {name}: {error}")
     print_table(cfg, found, names[0], reward_name)
@@ -1098,8 +1093,7 @@ def before_and_after(cfg, found: dict[str, dict], device: torch.device) -> None:
     asked = blocks = found[cfg.out]["prompts"][:30]
     for name in (cfg.init, cfg.out):
         if name in found:  # the first of four answers
-            ends = found[name]["finished"][:, 0]
-            texts = found[name]["answers"][::4]
+            texts, ends = found[name]["answers"][::4], found[name]["finished"][:, 0]
             texts = [x if end else f"{x} … (unfinished)" for x, end in zip(texts, ends)]
         else:  # the base model knows no chat: it is shown the bare prompt
             base = load_model(Path(cfg.runs) / name, "lm", device)
@@ -1112,7 +1106,6 @@ def before_and_after(cfg, found: dict[str, dict], device: torch.device) -> None:
 
 
 # ---------------------------------------------------------------------------------- report
-
 
 FIVE = ("sft", "rejection_sampling", "rs_random", "dpo", "ppo")  # drawn in colour
 CURVES = ("J", "reward", "kl", "gold", "length")
@@ -1152,21 +1145,21 @@ def draw(cfg, found: dict[str, dict], device: torch.device) -> None:
     curves, panels = plt.subplot_mosaic([CURVES], figsize=(18, 3.6), layout="tight")
     for name, run in found.items():
         folder, known = Path(cfg.runs) / name, name in FIVE
+        size = 9 if known else 6
         style = {"color": f"C{FIVE.index(name)}" if known else "0.7", "zorder": 2 + known}
         path, flags = learning_curves(folder), run_config(folder).get("flags", {})
         for key, axis in axes.items():
             x, y = run["log_ratio"].mean().item(), run[key].mean().item()
-            axis.plot(x, y, "o", markersize=9 if known else 5, **style)
-            size, side = (9, "top") if known else (6, "bottom")
-            axis.text(x, y, f"   {name}", fontsize=size, va=side, color=style["color"])
+            axis.plot(x, y, "o", markersize=size, **style)
+            axis.text(x, y, f"   {name}", fontsize=size, va="top", color=style["color"])
             axis.set(xlabel=f"KL to {cfg.ref}, nats per response", ylabel=key)
             # a path has the rewards it was trained on, which may not be this table's
             same = key == "gold" or flags.get("reward") == cfg.reward
             if same and {"kl", key} <= path.keys():
                 axis.plot(path["kl"], path[key], alpha=0.5, **style)
         for key, curve in path.items():
-            share, label = np.linspace(0, 1, len(curve)), name if known else None
-            panels[key].plot(share, curve, label=label, **style)
+            share = np.linspace(0, 1, len(curve))
+            panels[key].plot(share, curve, label=name if known else None, **style)
     for key, axis in panels.items():
         axis.set(title=key, xlabel="share of training")
     panels["reward"].legend(fontsize=7)
@@ -1316,8 +1309,7 @@ def export_run(cfg) -> None:
 
 def arg(default, help: str, low: float = 0, high: float = 2**31, choices=None):
     """A Config field: its default, its book symbol and unit, what values it may have."""
-    about = {"help": help, "low": low, "high": high, "choices": choices}
-    return field(default=default, metadata=about)
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
 def parse(config: type, doc: str, words: list[str] | None = None):
