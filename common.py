@@ -1115,7 +1115,7 @@ def ideal_frontier(policy: Transformer, prompts: list[str], limit: int) -> tuple
     """(KL, gold) of π* at many β (eq:dpo_opt_policy, with the gold reward in place of r): 256
     samples of π_ref to each prompt, weighted by e^{gold/β}. An estimate: with few samples the
     best answers are missing, and it lies too low."""
-    gold = evaluate(policy, policy, None, prompts, limit, 256)["gold"]
+    gold = evaluate(policy, policy, None, prompts, limit, n=256)["gold"]
     beta = torch.logspace(-0.8, 1.3, 60).view(-1, 1, 1)
     weights = (gold / beta).softmax(-1)  # (β, prompt, sample)
     kl = torch.xlogy(weights, 256 * weights)
@@ -1145,13 +1145,13 @@ def draw(cfg, found: dict[str, dict], device: torch.device) -> None:
     curves, panels = plt.subplot_mosaic([CURVES], figsize=(18, 3.6), layout="tight")
     for name, run in found.items():
         folder, known = Path(cfg.runs) / name, name in FIVE
-        size = 9 if known else 6
-        style = {"color": f"C{FIVE.index(name)}" if known else "0.7", "zorder": 2 + known}
+        size, color = (9, f"C{FIVE.index(name)}") if known else (6, "0.7")
+        style = {"color": color, "zorder": 2 + known}
         path, flags = learning_curves(folder), run_config(folder).get("flags", {})
         for key, axis in axes.items():
             x, y = run["log_ratio"].mean().item(), run[key].mean().item()
             axis.plot(x, y, "o", markersize=size, **style)
-            axis.text(x, y, f"   {name}", fontsize=size, va="top", color=style["color"])
+            axis.text(x, y, f"   {name}", fontsize=size, va="top", color=color)
             axis.set(xlabel=f"KL to {cfg.ref}, nats per response", ylabel=key)
             # a path has the rewards it was trained on, which may not be this table's
             same = key == "gold" or flags.get("reward") == cfg.reward
@@ -1294,7 +1294,7 @@ def _tokenizer() -> dict:
     return dict(added_tokens=added, pre_tokenizer=steps, model=bpe, decoder=to_letters)
 
 
-def export_run(cfg) -> None:
+def convert(cfg) -> None:
     """Write a policy or a reward model for whatever loads Llama models."""
     try:
         model = read_model(Path(cfg.runs) / cfg.run)
@@ -1321,7 +1321,7 @@ def parse(config: type, doc: str, words: list[str] | None = None):
         flag = "-n" if f.name == "n" else f"--{f.name.replace('_', '-')}"
         text, choices = f.metadata["help"].replace("%", "%%"), f.metadata["choices"]
         if f.default is MISSING:
-            parser.add_argument(f.name, help=text)
+            parser.add_argument(f.name, help=text, metavar=f.name.upper())
         elif f.default is False:
             parser.add_argument(flag, help=text, action="store_true")
         else:
@@ -1345,31 +1345,27 @@ def parse(config: type, doc: str, words: list[str] | None = None):
 
 
 def start(main: Callable, config: type, doc: str) -> None:
-    """A script from its command line to its end."""
+    """A script from its command line to its end. It begins only if the result can be written
+    where it is to go, and replaces nothing that it or other runs start from."""
     if sys.stdout is not None:  # a console without β prints \\u03b2
         sys.stdout.reconfigure(errors="backslashreplace")
     cfg = parse(config, doc)
     if hasattr(cfg, "out"):
-        check_out(cfg)
+        inputs = {"base", "sft", "comparisons", "reward_model"} - {config.out}
+        if cfg.out in inputs | {getattr(cfg, flag, None) for flag in ("ref", "reward")}:
+            fail(f"--out {cfg.out}: other runs start from it; choose another name")
+        folder = Path(cfg.runs) / cfg.out
+        there = next(x for x in (folder, *folder.absolute().parents) if x.exists())
+        writable = there.is_dir() and os.access(there, os.W_OK)
+        if not writable or (folder / "model.pt").is_dir():
+            fail(f"--out {cfg.out}: {there} cannot be written to")
+        for left in folder.glob(".*.part"):  # of a run that was killed while writing
+            if time.time() - left.stat().st_mtime > 600:
+                left.unlink()
     try:
         main(cfg)
     except KeyboardInterrupt:
         fail("stopped; nothing is lost but the step it was in", 130)
-
-
-def check_out(cfg) -> None:
-    """That the result can be written where it is to go, and that nothing is lost by it."""
-    inputs = {"base", "sft", "comparisons", "reward_model"} - {type(cfg).out}
-    inputs |= {getattr(cfg, flag, None) for flag in ("ref", "reward")}
-    if cfg.out in inputs:
-        fail(f"--out {cfg.out}: other runs start from it; choose another name")
-    folder = Path(cfg.runs) / cfg.out
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK) or (folder / "model.pt").is_dir():
-        fail(f"--out {cfg.out}: {there} cannot be written to")
-    for left in folder.glob(".*.part"):  # of a run that was killed while writing
-        if time.time() - left.stat().st_mtime > 600:
-            left.unlink()
 
 
 @dataclass
@@ -1399,13 +1395,14 @@ class Export:
 
 
 if __name__ == "__main__":
-    tools = {"report": (report, Report), "sample": (sample, Sample)}
-    tools |= {"export": (export_run, Export)}
-    word = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
-    if word in tools:
-        main, config = tools[word]
-        start(main, config, main.__doc__)
-    elif word in ("--help", "-h"):
-        start(lambda cfg: say(__doc__), Report, __doc__)
-    else:
-        fail(f"{word} is none of {', '.join(tools)}; see python common.py --help")
+    match sys.argv.pop(1) if len(sys.argv) > 1 else "--help":
+        case "report":
+            start(report, Report, report.__doc__)
+        case "sample":
+            start(sample, Sample, sample.__doc__)
+        case "export":
+            start(convert, Export, convert.__doc__)
+        case "--help" | "-h":
+            start(lambda cfg: say(__doc__), Report, __doc__)
+        case word:
+            fail(f"{word} is none of report, sample, export; see python common.py --help")
