@@ -27,7 +27,6 @@ import re
 import runpy
 import shlex
 import shutil
-import struct
 import sys
 import time
 import traceback
@@ -1014,37 +1013,35 @@ def load_reward(cfg, source: str, device: torch.device) -> Reward:
 
 # --------------------------------------------------------------------------- closing table
 
-
 NUMBERS = ("reward", "gold", "log_ratio", "right", "length", "finished")
 
 
 @torch.no_grad()
-def evaluate(policy, reference, reward: Reward | None, prompts: list[str], limit: int) -> dict:
-    """Four sampled answers to each of M prompts: `prompts`, `answers` as text, and (M, 4)
-    each of NUMBERS; log_ratio is log π(y|x) − log π_ref(y|x), length is in tokens."""
+def evaluate(policy, reference, reward, prompts: list[str], limit: int, n: int = 4) -> dict:
+    """n sampled answers to each of M prompts: `prompts`, `answers` as text, and (M, n) each
+    of NUMBERS; log_ratio is log π(y|x) − log π_ref(y|x), length is in tokens."""
     torch.manual_seed(0)
-    asked_once, answers, rows = [], [], []
-    for asked, rollout in samples(policy, prompts, 4, limit):
+    rows = []
+    for asked, rollout in samples(policy, prompts, n, limit):
         mask, texts, finished = rollout.response_mask, completions(rollout), rollout.finished
         log_ratio = token_logprobs(policy, rollout.tokens, mask)
         log_ratio = (log_ratio - token_logprobs(reference, rollout.tokens, mask)).sum(1)
-        r = reward(asked, rollout).tolist() if reward else [math.nan] * len(asked)
+        r = reward(asked, rollout) if reward else torch.full_like(log_ratio, math.nan)
         gold = [gold_reward(*row) for row in zip(asked, texts, finished.tolist())]
         facts = [right(*row) for row in zip(asked, texts)]
-        rows += zip(r, gold, log_ratio.tolist(), facts, mask.sum(1).tolist(), finished.tolist())
-        answers += texts
-        asked_once += asked[::4]
-    columns = torch.tensor(rows).view(len(prompts), 4, -1).unbind(-1)
-    return {"prompts": asked_once, "answers": answers} | dict(zip(NUMBERS, columns))
+        numbers = r, torch.tensor(gold), log_ratio, torch.tensor(facts), mask.sum(1), finished
+        rows += zip(asked, texts, *(column.tolist() for column in numbers))
+    asked, answers, *columns = zip(*rows)
+    columns = dict(zip(NUMBERS, torch.tensor(columns).view(len(NUMBERS), -1, n)))
+    return {"prompts": list(asked[::n]), "answers": list(answers)} | columns
 
 
 def standard_error(values: Tensor, groups: list) -> float:
     """Of the mean of values (M, N), where only rows of different groups are independent."""
-    sums = {}
-    for group, row in zip(groups, (values - values.mean()).sum(1).tolist()):
-        sums[group] = sums.get(group, 0.0) + row
+    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    sums = np.bincount([number[x] for x in groups], (values - values.mean()).sum(1))
     n = len(sums)
-    return math.sqrt(sum(x * x for x in sums.values()) * n / max(1, n - 1)) / values.numel()
+    return math.sqrt(sums @ sums * n / max(1, n - 1)) / values.numel()
 
 
 def win_rate(gold: Tensor, other: Tensor) -> Tensor:
@@ -1054,28 +1051,21 @@ def win_rate(gold: Tensor, other: Tensor) -> Tensor:
     return torch.where(gap.isnan(), gap, (gap.sign() + 1) / 2).mean()
 
 
-WIDTHS = (15, 15, 15, 10, 8, 8, 10, 9)  # of the table's columns
-
-
 def print_table(cfg, found: dict[str, dict], ref: str, reward_name: str) -> None:
     """A row a run. ± is one standard error; answers about one fact, or to one prompt outside
     the world, are not independent."""
     prompts = found[ref]["prompts"]
     groups = [QUESTIONS.get(prompt, prompt) for prompt in prompts]
     say(f"\n{len(prompts)} held-out prompts × 4 answers; reward: {reward_name}; KL to: {ref}")
-    heads = ("reward", "gold", "KL", "win rate", "right", "length", "finished", "seconds")
-    say(f"{'':20s}" + "".join(f"{head:>{w}s}" for head, w in zip(heads, WIDTHS)))
+    line = "{:20}{:>15}{:>15}{:>15}{:>10}{:>8}{:>8}{:>10}{:>9}".format
+    say(line("", "reward", "gold", "KL", "win rate", "right", "length", "finished", "seconds"))
     for name, run in found.items():
-        cells = [
-            f"{run[key].mean():.2f} ± {standard_error(run[key], groups):.2f}"
-            for key in ("reward", "gold", "log_ratio")
-        ]
-        cells += [f"{win_rate(run['gold'], found[ref]['gold']):.2f}"]
-        cells += [f"{run[k].mean():.{d}f}" for k, d in (("right", 2), ("length", 1))]
-        seconds = run_config(Path(cfg.runs) / name).get("seconds", math.nan)
-        cells += [f"{run['finished'].mean():.3f}", f"{seconds:.0f}"]
-        cells = ["–" if "nan" in cell else cell for cell in cells]
-        say(f"{name:20s}" + "".join(f"{cell:>{w}s}" for cell, w in zip(cells, WIDTHS)))
+        mean = {key: run[key].mean() for key in NUMBERS}
+        cells = [f"{mean[k]:.2f} ± {standard_error(run[k], groups):.2f}" for k in NUMBERS[:3]]
+        cells += [f"{win_rate(run['gold'], found[ref]['gold']):.2f}", f"{mean['right']:.2f}"]
+        cells += [f"{mean['length']:.1f}", f"{mean['finished']:.3f}"]
+        cells += [f"{run_config(Path(cfg.runs) / name).get('seconds', math.nan):.0f}"]
+        say(line(name, *("–" if "nan" in cell else cell for cell in cells)))
 
 
 def table_reward(cfg, device: torch.device) -> tuple[Reward | None, str]:
@@ -1087,76 +1077,67 @@ def table_reward(cfg, device: torch.device) -> tuple[Reward | None, str]:
     return load_reward(cfg, name, device), name
 
 
-def closing_table(cfg, names: list[str], reward, reward_name: str, prompts, device) -> None:
-    """Print the table of these policies, the first of which is π_ref, and what was said
-    before and after."""
-    reference = load_model(Path(cfg.runs) / names[0], "lm", device)
-    found, prompts = {}, prompts[:400]
-    for name in dict.fromkeys(names):
-        if name != "base":  # it knows no chat
-            policy = load_model(Path(cfg.runs) / name, "lm", device)
-            found[name] = evaluate(policy, reference, reward, prompts, cfg.max_new_tokens)
+def closing_table(cfg, names: list[str], reward, reward_name: str, prompts, device) -> dict:
+    """Evaluate these runs, the first of which is π_ref, and print their table; after a
+    training also what was said before and after. A run that is no policy is left out."""
+    ref, found = load_model(Path(cfg.runs) / names[0], "lm", device), {}
+    names = [names[0], *(name for name in names if name != "base")]  # base knows no chat
+    for name in tqdm(dict.fromkeys(names), disable=not PROGRESS):
+        try:
+            policy = read_model(Path(cfg.runs) / name).to(device)
+            if policy.kind == "lm":
+                found[name] = evaluate(policy, ref, reward, prompts[:400], cfg.max_new_tokens)
+        except ValueError as error:
+            say(f"skipped: {name}: {error}")
     print_table(cfg, found, names[0], reward_name)
-    if cfg.out in found:
+    if getattr(cfg, "out", None) in found:
         before_and_after(cfg, found, device)
+    return found
 
 
-def before_and_after(cfg, found, device) -> None:
+def before_and_after(cfg, found: dict[str, dict], device: torch.device) -> None:
     """Print what cfg.init and cfg.out say to three held-out prompts; samples.txt has 30."""
-    blocks = []
-    asked = found[cfg.out]["prompts"][:30]
-    if cfg.init in found:
-        before = shown(found[cfg.init])
-    else:  # the base model knows no chat: it is shown the bare prompt
-        base = load_model(Path(cfg.runs) / cfg.init, "lm", device)
-        rollout = generate(base, [encode(prompt) for prompt in asked], cfg.max_new_tokens)
-        before = [f"{text} …" for text in completions(rollout)]
-    for prompt, old, new in zip(asked, before, shown(found[cfg.out])):
-        blocks.append(f"{prompt}\n{cfg.init:>20s}: {old.strip()}\n{cfg.out:>20s}: {new}")
+    asked = blocks = found[cfg.out]["prompts"][:30]
+    for name in (cfg.init, cfg.out):
+        if name in found:  # the first of four answers
+            texts, ends = found[name]["answers"][::4], found[name]["finished"][:, 0]
+            texts = [x if end else f"{x} … (unfinished)" for x, end in zip(texts, ends)]
+        else:  # the base model knows no chat: it is shown the bare prompt
+            base = load_model(Path(cfg.runs) / name, "lm", device)
+            rollout = generate(base, [encode(prompt) for prompt in asked], cfg.max_new_tokens)
+            texts = [f"{text.strip()} …" for text in completions(rollout)]
+        texts = [text.replace("\n", "⏎") for text in texts]
+        blocks = [f"{block}\n{name:>20}: {text}" for block, text in zip(blocks, texts)]
     say("\n" + "\n".join(blocks[:3]))
     write(Path(cfg.runs) / cfg.out / "samples.txt", "\n".join(blocks) + "\n")
 
 
-def shown(run: dict) -> list[str]:
-    """The first answer to each prompt, on one line."""
-    firsts = zip(run["answers"][::4], run["finished"][:, 0].tolist())
-    return [
-        text.replace("\n", "⏎") + ("" if end else " … (unfinished)") for text, end in firsts
-    ]
-
-
 # ---------------------------------------------------------------------------------- report
+
+FIVE = ("sft", "rejection_sampling", "rs_random", "dpo", "ppo")  # drawn in colour
+CURVES = ("J", "reward", "kl", "gold", "length")
 
 
 def ideal_frontier(policy: Transformer, prompts: list[str], limit: int) -> tuple:
     """(KL, gold) of π* at many β (eq:dpo_opt_policy, with the gold reward in place of r): 256
     samples of π_ref to each prompt, weighted by e^{gold/β}. An estimate: with few samples the
     best answers are missing, and it lies too low."""
-    gold = []
-    for asked, rollout in samples(policy, prompts, 256, limit):
-        rows = zip(asked, completions(rollout), rollout.finished.tolist())
-        gold += [gold_reward(*row) for row in rows]
-    gold = torch.tensor(gold).view(len(prompts), -1)
-    weights = [(gold / beta).softmax(1) for beta in np.logspace(-0.8, 1.3, 60)]
-    kl = [(w * (w.shape[1] * w).clamp(min=1e-30).log()).sum(1).mean() for w in weights]
-    return kl, [(w * gold).sum(1).mean() for w in weights]
-
-
-FIVE = ("sft", "rejection_sampling", "rs_random", "dpo", "ppo")  # drawn in colour
-CURVES = ("J", "reward", "kl", "gold", "length")
+    gold = evaluate(policy, policy, None, prompts, limit, n=256)["gold"]
+    beta = torch.logspace(-0.8, 1.3, 60).view(-1, 1, 1)
+    weights = (gold / beta).softmax(-1)  # (β, prompt, sample)
+    kl = torch.xlogy(weights, 256 * weights)
+    return kl.sum(-1).mean(-1), (weights * gold).sum(-1).mean(-1)
 
 
 def learning_curves(folder: Path) -> dict[str, np.ndarray]:
-    """The columns of a run's metrics.csv that are in CURVES, as about 12 means each."""
+    """The columns of a run's metrics.csv that are in CURVES, as 12 means each."""
     try:
         table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
-    except (OSError, ValueError):  # a run that came without
+        parts = np.array_split(table, min(12, len(table)))
+    except (OSError, ValueError, TypeError):  # a run that came without, or of a single step
         return {}
-    if table.ndim == 0:  # a single step
-        return {}
-    cuts = range(0, len(table), max(1, len(table) // 12))
     found = [key for key in CURVES if key in table.dtype.names]
-    return {k: np.array([p.mean() for p in np.split(table[k], cuts[1:])]) for k in found}
+    return {key: np.array([part[key].mean() for part in parts]) for key in found}
 
 
 def draw(cfg, found: dict[str, dict], device: torch.device) -> None:
@@ -1167,62 +1148,52 @@ def draw(cfg, found: dict[str, dict], device: torch.device) -> None:
     except ImportError:
         say("matplotlib is not installed, so no pictures are drawn")
         return
-    frontier, axes = plt.subplots(1, 2, figsize=(12, 5))
-    curves, panels = plt.subplots(1, len(CURVES), figsize=(18, 3.6))
+    frontier, axes = plt.subplot_mosaic([["reward", "gold"]], figsize=(12, 5), layout="tight")
+    curves, panels = plt.subplot_mosaic([CURVES], figsize=(18, 3.6), layout="tight")
     for name, run in found.items():
         folder, known = Path(cfg.runs) / name, name in FIVE
-        style = {"color": f"C{FIVE.index(name)}" if known else "0.7", "zorder": 2 + known}
-        flags = run_config(folder).get("flags", {})
-        path = learning_curves(folder)
-        for axis, key in zip(axes, ("reward", "gold")):
-            x, y = run["log_ratio"].mean(), run[key].mean()
-            axis.plot(x, y, "o", markersize=9 if known else 5, **style)
-            size, offset = (9, (7, -9)) if known else (6, (4, 3))
-            beside = {"xytext": offset, "textcoords": "offset points"}
-            axis.annotate(name, (x, y), fontsize=size, color=style["color"], **beside)
+        size, color = (9, f"C{FIVE.index(name)}") if known else (6, "0.7")
+        style = {"color": color, "zorder": 2 + known}
+        path, flags = learning_curves(folder), run_config(folder).get("flags", {})
+        for key, axis in axes.items():
+            x, y = run["log_ratio"].mean().item(), run[key].mean().item()
+            axis.plot(x, y, "o", markersize=size, **style)
+            axis.text(x, y, f"   {name}", fontsize=size, va="top", color=color)
+            axis.set(xlabel=f"KL to {cfg.ref}, nats per response", ylabel=key)
             # a path has the rewards it was trained on, which may not be this table's
             same = key == "gold" or flags.get("reward") == cfg.reward
             if same and {"kl", key} <= path.keys():
                 axis.plot(path["kl"], path[key], alpha=0.5, **style)
-            axis.set(xlabel=f"KL to {cfg.ref}, nats per response", ylabel=key)
-        for axis, key in zip(panels, CURVES):
-            if key in path:
-                share = np.linspace(0, 1, len(path[key]))
-                axis.plot(share, path[key], label=name if known else None, **style)
-            axis.set(title=key, xlabel="share of training")
-    panels[1].legend(fontsize=7)
-    if found[cfg.ref]["prompts"][0] in QUESTIONS:
+        for key, curve in path.items():
+            share = np.linspace(0, 1, len(curve))
+            panels[key].plot(share, curve, label=name if known else None, **style)
+    for key, axis in panels.items():
+        axis.set(title=key, xlabel="share of training")
+    panels["reward"].legend(fontsize=7)
+    prompts = found[cfg.ref]["prompts"]
+    if prompts[0] in QUESTIONS:
         policy = load_model(Path(cfg.runs) / cfg.ref, "lm", device)
-        ideal = ideal_frontier(policy, found[cfg.ref]["prompts"][::6], cfg.max_new_tokens)
-        axes[1].plot(*ideal, "k:", label="ideal")
-        axes[1].legend()
+        ideal = ideal_frontier(policy, prompts[::6], cfg.max_new_tokens)
+        axes["gold"].plot(*ideal, "k:", label="ideal")
+        axes["gold"].legend()
     for figure, name in ((frontier, "frontier.png"), (curves, "curves.png")):
-        figure.tight_layout()
         figure.savefig(picture := io.BytesIO(), dpi=110)
         write(Path(cfg.runs) / name, picture.getvalue())
         say(f"{cfg.runs}/{name}")
 
 
 def report(cfg) -> None:
-    """The table over all policies under cfg.runs, on the same prompts, and the pictures."""
-    device, found = pick_device(cfg.device), {}
-    reward, reward_name = table_reward(cfg, device)
+    """The table over all policies under --runs, on the same prompts, and the pictures."""
+    device = pick_device(cfg.device)
+    reward = table_reward(cfg, device)
     reference = load_run(cfg, cfg.ref, "lm", device)
-    prompts = read_prompts(cfg.data, cfg.max_new_tokens, reference.config.context)[1][:400]
-    names = sorted({path.parent.name for path in Path(cfg.runs).glob("*/model.pt")} - {"base"})
-    for name in tqdm([cfg.ref, *(n for n in names if n != cfg.ref)], disable=not PROGRESS):
-        try:
-            policy = read_model(Path(cfg.runs) / name).to(device)
-            if policy.kind == "lm":
-                found[name] = evaluate(policy, reference, reward, prompts, cfg.max_new_tokens)
-        except ValueError as error:
-            say(f"skipped: {name}: {error}")
-    print_table(cfg, found, cfg.ref, reward_name)
-    draw(cfg, found, device)
+    prompts = read_prompts(cfg.data, cfg.max_new_tokens, reference.config.context)[1]
+    names = sorted(path.parent.name for path in Path(cfg.runs).glob("*/model.pt"))
+    draw(cfg, closing_table(cfg, [cfg.ref, *names], *reward, prompts, device), device)
 
 
 def sample(cfg) -> None:
-    """Print answers to cfg.question, each with log π(y|x) and, with a reward model, r(x, y)."""
+    """Print answers to a question, each with log π(y|x) and, with a reward model, r(x, y)."""
     device = pick_device(cfg.device)
     reward, _ = table_reward(cfg, device)
     policy = load_run(cfg, cfg.run, "lm", device)
@@ -1232,13 +1203,11 @@ def sample(cfg) -> None:
         fail("--best needs a reward model: python reward_model.py makes one")
     seed_all(cfg.seed)
     rollout = generate(policy, [chat(cfg.question)] * cfg.n, cfg.max_new_tokens)
-    scores = (
-        reward([cfg.question] * cfg.n, rollout) if reward else torch.full((cfg.n,), math.nan)
-    )
+    scores = reward([cfg.question] * cfg.n, rollout) if reward else torch.zeros(cfg.n)
     rows = zip(scores.tolist(), rollout.logprobs.sum(1).tolist(), completions(rollout))
     for r, logp, text in [max(rows)] if cfg.best else rows:
-        text = text.replace("\n", "⏎")
-        say(f"log π {logp:7.2f}" + (f"   r {r:+.2f}" if reward else "") + f"   {text}")
+        said = f"   r {r:+.2f}" if reward else ""
+        say(f"log π {logp:7.2f}{said}   " + text.replace("\n", "⏎"))
 
 
 # ---------------------------------------------------------------------------------- export
@@ -1303,14 +1272,13 @@ def _safetensors(model: Transformer) -> bytes:
         *block, part, _ = ours.split(".")
         layer = f"model.layers.{block[1]}." if block else ""
         rows = [c.channels, kv, kv] if part == "qkv" else len(weight) // len(LLAMA[part])
-        for name, w in zip(LLAMA[part], weight.split(rows)):
-            start = len(data)
-            data += struct.pack(f"<{w.numel()}f", *w.flatten().tolist())  # little-endian
-            where = {"shape": list(w.shape), "data_offsets": [start, len(data)]}
+        for name, w in zip(LLAMA[part], weight.detach().cpu().split(rows)):
+            where = {"shape": list(w.shape), "data_offsets": [len(data), len(data) + w.nbytes]}
             header[f"{layer}{name}.weight"] = {"dtype": "F32", **where}
+            data += w.numpy().astype("<f4").tobytes()  # little-endian
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the weights begin at a multiple of 8
-    return struct.pack("<Q", len(text)) + text + data
+    return len(text).to_bytes(8, "little") + text + data
 
 
 def _tokenizer() -> dict:
@@ -1333,8 +1301,8 @@ def _tokenizer() -> dict:
     return dict(added_tokens=added, pre_tokenizer=steps, model=bpe, decoder=to_letters)
 
 
-def export_run(cfg) -> None:
-    """`export` from the command line."""
+def convert(cfg) -> None:
+    """Write a policy or a reward model for whatever loads Llama models."""
     try:
         model = read_model(Path(cfg.runs) / cfg.run)
     except ValueError as error:
@@ -1346,85 +1314,69 @@ def export_run(cfg) -> None:
 # ---------------------------------------------------------------------------- command line
 
 
-def arg(default, help: str, low: float = 0, high: float = 2**31, choices: tuple = ()):
+def arg(default, help: str, low: float = 0, high: float = 2**31, choices=None):
     """A Config field: its default, its book symbol and unit, what values it may have."""
-    about = {"help": help, "low": low, "high": high, "choices": choices}
-    return field(default=default, metadata=about)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(f"{self.prog}: {message}; see python {self.prog} --help")
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
 def parse(config: type, doc: str, words: list[str] | None = None):
     """The command line as a Config: one --flag per field; what has no default has no flag."""
     style = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(description=doc, formatter_class=style, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=style, allow_abbrev=False)
+    parser.error = lambda text: fail(f"{parser.prog}: {text}; see python {parser.prog} --help")
     for f in fields(config):
-        name, text = f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
+        flag = "-n" if f.name == "n" else f"--{f.name.replace('_', '-')}"
+        text, choices = f.metadata["help"].replace("%", "%%"), f.metadata["choices"]
         if f.default is MISSING:
-            parser.add_argument(f.name, help=text, metavar=name.upper())
+            parser.add_argument(f.name, help=text, metavar=f.name.upper())
         elif f.default is False:
-            parser.add_argument(f"--{name}", action="store_true", help=text)
+            parser.add_argument(flag, help=text, action="store_true")
         else:
-            parser.add_argument(
-                f"--{name}" if len(name) > 1 else f"-{name}",
-                type=str if f.default is None else type(f.default),
-                default=f.default,
-                help=text + " (default: %(default)s)",
-                choices=f.metadata["choices"] or None,
-                metavar=None if f.metadata["choices"] else name.upper(),
-            )
+            given = {"type": f.type, "default": f.default, "choices": choices}
+            parser.add_argument(flag, help=f"{text} (default: %(default)s)", **given)
     cfg = config(**vars(parser.parse_args(words)))
     for f in fields(config):
-        value, flag = getattr(cfg, f.name), f"--{f.name.replace('_', '-')}"
-        if isinstance(value, str):
-            if not value.strip():
-                parser.error(f"{flag} is empty")
+        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
+        if f.name in ("init", "ref", "out", "run", "comparisons"):
             names = value.split(",") if f.name == "comparisons" else [value]
-            if f.name in ("init", "ref", "out", "run", "comparisons") and not all(
-                re.fullmatch(r"\w[\w.-]{0,60}", name) for name in names
-            ):
-                parser.error(f"{flag} {value}: a plain folder name is needed, under --runs")
-        elif value is not None and not f.metadata["low"] <= value <= f.metadata["high"]:
-            low, high = f.metadata["low"], f.metadata["high"]
-            parser.error(f"{flag} {value}: a number from {low} to {high} is needed")
+            good = all(re.fullmatch(r"\w[\w.-]{0,60}", name) for name in names)
+            wanted = "a plain folder name, under --runs,"
+        elif isinstance(value, str):
+            good, wanted = value.strip(), "some text"
+        else:
+            good = value is None or low <= value <= high
+            wanted = f"a number from {low} to {high}"
+        if not good:
+            parser.error(f"--{f.name.replace('_', '-')} {value!r}: {wanted} is needed")
     return cfg
 
 
 def start(main: Callable, config: type, doc: str) -> None:
-    """A script from its command line to its end."""
+    """A script from its command line to its end. It begins only if the result can be written
+    where it is to go, and replaces nothing that it or other runs start from."""
     if sys.stdout is not None:  # a console without β prints \\u03b2
         sys.stdout.reconfigure(errors="backslashreplace")
     cfg = parse(config, doc)
     if hasattr(cfg, "out"):
-        check_out(cfg)
+        inputs = {"base", "sft", "comparisons", "reward_model"} - {config.out}
+        if cfg.out in inputs | {getattr(cfg, flag, None) for flag in ("ref", "reward")}:
+            fail(f"--out {cfg.out}: other runs start from it; choose another name")
+        folder = Path(cfg.runs) / cfg.out
+        there = next(x for x in (folder, *folder.absolute().parents) if x.exists())
+        writable = there.is_dir() and os.access(there, os.W_OK)
+        if not writable or (folder / "model.pt").is_dir():
+            fail(f"--out {cfg.out}: {there} cannot be written to")
+        for left in folder.glob(".*.part"):  # of a run that was killed while writing
+            if time.time() - left.stat().st_mtime > 600:
+                left.unlink()
     try:
         main(cfg)
     except KeyboardInterrupt:
         fail("stopped; nothing is lost but the step it was in", 130)
 
 
-def check_out(cfg) -> None:
-    """That the result can be written where it is to go, and that nothing is lost by it."""
-    inputs = {"base", "sft", "comparisons", "reward_model"} - {type(cfg).out}
-    inputs |= {getattr(cfg, flag, None) for flag in ("ref", "reward")}
-    if cfg.out in inputs:
-        fail(f"--out {cfg.out}: other runs start from it; choose another name")
-    folder = Path(cfg.runs) / cfg.out
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK) or (folder / "model.pt").is_dir():
-        fail(f"--out {cfg.out}: {there} cannot be written to")
-    for left in folder.glob(".*.part"):  # of a run that was killed while writing
-        if time.time() - left.stat().st_mtime > 600:
-            left.unlink()
-
-
 @dataclass
 class Report:
-    """python common.py report: the table over all runs, and pictures."""
-
     ref: str = arg("sft", "π_ref of the KL and the win rate, under --runs")
     reward: str = arg("reward_model", "r: a run under --runs, or FILE.py:function")
     data: str = arg(None, "held-out prompts from your own JSONL of {prompt}")
@@ -1436,8 +1388,6 @@ class Report:
 
 @dataclass(kw_only=True)
 class Sample(Report):
-    """python common.py sample RUN QUESTION: ask a trained model something."""
-
     run: str = arg(MISSING, "a policy under --runs")
     question: str = arg(MISSING, "what it is asked")
     n: int = arg(4, "answers", low=1)
@@ -1446,8 +1396,6 @@ class Sample(Report):
 
 @dataclass
 class Export:
-    """python common.py export RUN FOLDER: for whatever loads Llama models."""
-
     run: str = arg(MISSING, "a policy or a reward model, under --runs")
     folder: str = arg(MISSING, "where its files go")
     runs: str = arg("runs", "the folder of all runs")
@@ -1456,11 +1404,11 @@ class Export:
 if __name__ == "__main__":
     match sys.argv.pop(1) if len(sys.argv) > 1 else "--help":
         case "report":
-            start(report, Report, Report.__doc__)
+            start(report, Report, report.__doc__)
         case "sample":
-            start(sample, Sample, Sample.__doc__)
+            start(sample, Sample, sample.__doc__)
         case "export":
-            start(export_run, Export, Export.__doc__)
+            start(convert, Export, convert.__doc__)
         case "--help" | "-h":
             start(lambda cfg: say(__doc__), Report, __doc__)
         case word:

@@ -1878,11 +1878,11 @@ def test_report_needs_a_policy_to_compare_with(runs, stops, monkeypatch):
 
 
 @torch.no_grad()
-def test_the_ideal_frontier_is_pi_star_on_samples(answering):
+def test_the_ideal_frontier_is_pi_star_on_samples(answering, tiny):
     """A frontier below what policies reach: weights, KL or gold of the wrong tilt. With two
     answers, half of the samples each, π* has closed forms."""
     answering(lambda prompt, i: (["in the plains.", "in the jungle."][i % 2], True))
-    kl, gold = common.ideal_frontier(None, [HOME] * 3, 9)
+    kl, gold = common.ideal_frontier(tiny(0), [HOME] * 3, 9)
     for beta, k, g in zip(torch.logspace(-0.8, 1.3, 60).tolist(), kl, gold):
         p = 1 / (1 + math.exp(-3 / beta))  # gold is 2 and −1
         assert g.item() == pytest.approx(2 * p - (1 - p), abs=1e-4)
