@@ -661,11 +661,6 @@ def read(path: str | Path) -> bytes:
         fail(f"{path}:0: cannot be read ({error}); name a file that can")
 
 
-def text_of(content: str | list[dict]) -> str:
-    """What a chat turn says: its content is a string, or text parts."""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
 def read_row(line: bytes, keys: tuple[str, ...]) -> dict:
     """A line of JSONL as a dict with these keys, all strings. The usual chat formats are taken
     too: `messages`, and lists of turns in place of strings. Any other line raises an error."""
@@ -673,16 +668,18 @@ def read_row(line: bytes, keys: tuple[str, ...]) -> dict:
     if row.get("messages") is not None:
         row["completion"] = row["messages"]
     for key in ("prompt", "completion", "chosen", "rejected"):
-        speaker = "user" if key == "prompt" else "assistant"
-        match row.get(key):
-            case [{"role": role, "content": x}] if role == speaker:
-                row[key] = text_of(x)
-            case [{"role": "user", "content": x}, {"role": "assistant", "content": y}]:
-                if row.setdefault("prompt", text_of(x)) != text_of(x):
-                    raise ValueError(f"{key} has another prompt than the row")
-                row[key] = text_of(y)
-            case list():
-                raise ValueError(f"{key} must be one user turn and one assistant turn")
+        if not isinstance(turns := row.get(key), list):
+            continue
+        roles = ["user"] if key == "prompt" else ["user", "assistant"][-len(turns) :]
+        try:
+            assert [turn["role"] for turn in turns] == roles
+            said = [turn["content"] for turn in turns]  # each a string, or text parts
+            texts = [x if isinstance(x, str) else "".join(p["text"] for p in x) for x in said]
+        except (AssertionError, KeyError, TypeError):
+            raise ValueError(f"{key} must be one user turn and one answer, of text") from None
+        row[key] = texts[-1]
+        if len(texts) == 2 and row.setdefault("prompt", texts[0]) != texts[0]:
+            raise ValueError(f"{key} answers another prompt")
     for key in keys:
         if not isinstance(row.get(key), str):
             raise ValueError(f"{key} is missing or no text; found are {', '.join(row)}")
@@ -700,8 +697,8 @@ def read_jsonl(path: str | Path, keys: tuple[str, ...], room: int = 1, context: 
             continue
         try:
             row = read_row(line, keys)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            fail(f"{path}:{number}: {error!r}; a line is a JSON object of {', '.join(keys)}")
+        except (ValueError, TypeError, RecursionError) as error:
+            fail(f"{path}:{number}: {error}; every line is a JSON object of {', '.join(keys)}")
         longest = max([len(encode(row[key])) for key in keys[1:]], default=0)
         if not all(row[key].strip() for key in keys):
             why = "empty text"
@@ -723,8 +720,7 @@ def read_jsonl(path: str | Path, keys: tuple[str, ...], room: int = 1, context: 
 
 
 def answer_ids(row: dict, key: str = "completion") -> tuple[list[int], list[int]]:
-    """(prompt ids, response ids) of the answer under `key`; it ends with EOS unless the row
-    says that it was not finished."""
+    """(prompt ids, response ids) of the answer under `key`, with EOS unless it was cut."""
     end = [EOS] if row.get(f"{key}_finished", True) else []
     return chat(row["prompt"]), encode(row[key]) + end
 
@@ -750,11 +746,11 @@ def read_model(folder: Path, head: str | None = None) -> Transformer:
             model = Transformer(ModelConfig(**saved["config"]), saved["head"])
         model.load_state_dict(saved["weights"])
         assert saved["vocabulary"] == VOCABULARY, "other words in its vocabulary"
-        assert model.kind in ([head] if head else HEADS), f"it is {HEADS.get(model.kind)}"
+        kind = HEADS[model.kind]
+        assert head in (None, model.kind), f"{kind}, and {HEADS[head]} is needed"
         assert all(w.isfinite().all() for w in model.state_dict().values()), "not finite"
     except Exception as error:
-        needed = HEADS.get(head, "a checkpoint of ours")
-        raise ValueError(f"{folder}/model.pt cannot be read as {needed} ({error!r})") from error
+        raise ValueError(f"{folder}/model.pt cannot be used ({error!r})") from error
     return model
 
 
@@ -821,7 +817,7 @@ class Run(contextlib.AbstractContextManager):
         """A row of metrics.csv, returned as floats. None and a gold reward of NaN, which
         means outside the world, are empty cells; any other number must be finite."""
         for key, value in row.items():
-            value = value.item() if isinstance(value, Tensor) else value
+            value = value.detach().float().item() if isinstance(value, Tensor) else value
             if key.endswith("gold") and value != value:
                 value = None
             elif value is not None and not math.isfinite(value):
@@ -858,10 +854,9 @@ PAIRS = 20_000  # comparisons that a missing file is filled with
 
 def run_config(folder: Path) -> dict:
     """config.json, how a run was made; nothing of one that came without."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    return {}
 
 
 def check_inputs(cfg, *names: str) -> list[str]:
