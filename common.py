@@ -619,7 +619,7 @@ def collect_comparisons(policy: Transformer, n: int, path: Path) -> None:
 
 # ----------------------------------------------------------------------------------- files
 
-HERE = Path(__file__).resolve().parent
+HEADS = {"lm": "a policy", "scalar": "a reward model"}
 PROGRESS = sys.stderr is not None and sys.stderr.isatty()
 
 
@@ -660,63 +660,58 @@ def read(path: str | Path) -> bytes:
         fail(f"{path}:0: cannot be read ({error}); name a file that can")
 
 
-def flatten_turns(row: dict, at: str) -> None:
-    """Make plain strings of the usual chat formats, in place: `messages`, and prompt,
-    completion, chosen, rejected as lists of turns, whose content is a string or text parts.
-    Anything but one user turn and one answer ends the program."""
+def read_row(line: bytes, keys: tuple[str, ...]) -> dict:
+    """A line of JSONL as a dict with these keys, all strings. The usual chat formats are taken
+    too: `messages`, and lists of turns in place of strings. Any other line raises an error."""
+    row = json.loads(line.decode())
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
     if row.get("messages") is not None:
         row["completion"] = row["messages"]
     for key in ("prompt", "completion", "chosen", "rejected"):
-        if not isinstance(row.get(key), list):
+        if not isinstance(turns := row.get(key), list):
             continue
-        roles, texts = ["user"] if key == "prompt" else ["assistant"], []
-        if len(row[key]) == 2 and key != "prompt":
-            roles = ["user", "assistant"]  # the prompt stands before the answer
-        for turn in row[key]:
-            content = turn.get("content") if isinstance(turn, dict) else None
-            if isinstance(content, list):
-                parts = [p.get("text") if isinstance(p, dict) else None for p in content]
-                content = "".join(parts) if all(isinstance(p, str) for p in parts) else None
-            texts.append(content)
-        if [turn.get("role") for turn in row[key] if isinstance(turn, dict)] != roles:
-            fail(f"{at} {key} must be one user turn and one assistant turn, no more")
-        if len(roles) == 2 and row.setdefault("prompt", texts[0]) != texts[0]:
-            fail(f"{at} {key} answers another prompt")
+        roles = ["user"] if key == "prompt" else ["user", "assistant"][-len(turns) :]
+        try:
+            assert [turn["role"] for turn in turns] == roles
+            said = [turn["content"] for turn in turns]  # each a string, or text parts
+            texts = [x if isinstance(x, str) else "".join(p["text"] for p in x) for x in said]
+        except (AssertionError, KeyError, TypeError):
+            raise ValueError(f"{key} must be one user turn and one answer, of text") from None
         row[key] = texts[-1]
+        if len(texts) == 2 and row.setdefault("prompt", texts[0]) != texts[0]:
+            raise ValueError(f"{key} answers another prompt")
+    for key in keys:
+        if not isinstance(row.get(key), str):
+            raise ValueError(f"{key} is missing or no text; found are {', '.join(row)}")
+        row[key].encode()  # half a surrogate pair is an error
+    return row
 
 
 def read_jsonl(path: str | Path, keys: tuple[str, ...], room: int = 1, context: int = 512):
-    """The rows of a JSONL file, dicts with these keys, all strings; other keys are kept. The
-    usual chat formats are taken too, see flatten_turns.
-
-    A line that is no such row ends the program. A row that cannot be used (empty, chosen =
-    rejected, over the context with `room` more tokens) is dropped, and the drops counted.
-    """
+    """The rows of a JSONL file, see read_row. A line that is no row ends the program. A row
+    that cannot be used (empty, chosen = rejected, over the context with `room` more tokens)
+    is dropped, and the drops counted."""
     rows, dropped = [], {}
     for number, line in enumerate(read(path).splitlines(), 1):
         if not line.strip():
             continue
-        at = f"{path}:{number}:"
         try:
-            row = json.loads(line.decode())
+            row = read_row(line, keys)
         except (ValueError, RecursionError) as error:
-            fail(f"{at} not JSON in UTF-8 ({error}); every line is one JSON object")
-        if not isinstance(row, dict):
-            fail(f"{at} not a JSON object; every line is one, with {', '.join(keys)}")
-        flatten_turns(row, at)
-        for key in keys:
-            if not isinstance(row.get(key), str) or re.search("[\ud800-\udfff]", row[key]):
-                fail(f"{at} {key} is missing or no text; the keys found are {', '.join(row)}")
+            fail(f"{path}:{number}: {error}; every line is a JSON object of {', '.join(keys)}")
         longest = max([len(encode(row[key])) for key in keys[1:]], default=0)
-        if any(not row[key].strip() for key in keys):
-            dropped.setdefault("empty text", []).append(at)
+        if not all(row[key].strip() for key in keys):
+            why = "empty text"
         elif "rejected" in keys and row["chosen"] == row["rejected"]:
-            dropped.setdefault("chosen and rejected are the same", []).append(at)
+            why = "chosen and rejected are the same"
         elif len(chat(row["prompt"])) + longest + room > context:
-            dropped.setdefault(f"over the context of {context} tokens", []).append(at)
+            why = f"over the context of {context} tokens"
         else:
             rows.append(row)
-    notes = [f"{lines[0]} {why}, {len(lines)} dropped" for why, lines in dropped.items()]
+            continue
+        dropped.setdefault(why, []).append(number)
+    notes = [f"{path}:{at[0]}: {why}, {len(at)} dropped" for why, at in dropped.items()]
     train, held = split(rows)
     if len(train) < 8 or not held:
         fail("; ".join([*notes, f"{path}:0: 8 usable rows are needed to train, 1 held out"]))
@@ -726,8 +721,7 @@ def read_jsonl(path: str | Path, keys: tuple[str, ...], room: int = 1, context: 
 
 
 def answer_ids(row: dict, key: str = "completion") -> tuple[list[int], list[int]]:
-    """(prompt ids, response ids) of the answer under `key`; it ends with EOS unless the row
-    says that it was not finished."""
+    """(prompt ids, response ids) of the answer under `key`, with EOS unless it was cut."""
     end = [EOS] if row.get(f"{key}_finished", True) else []
     return chat(row["prompt"]), encode(row[key]) + end
 
@@ -739,35 +733,31 @@ def encode_pairs(rows: list[dict], device) -> tuple[Tensor, Tensor]:
     return tokens.unflatten(0, (-1, 2)), mask.unflatten(0, (-1, 2))
 
 
-def check_finite(folder: Path, model: Transformer) -> None:
-    """Weights that are not finite end the program before anything is replaced."""
-    if not all(weight.isfinite().all() for weight in model.state_dict().values()):
-        fail(f"{folder}: the weights are not finite, nothing is saved; try a lower --lr", 1)
-
-
-def save_model(folder: Path, model: Transformer, made: dict) -> None:
-    """folder/model.pt: weights, model config, and the flags it was made with."""
-    check_finite(folder, model)
+def save_model(folder: Path, model: Transformer, made: dict, about: dict | None = None) -> None:
+    """folder/model.pt: weights, model config, and the flags it was made with; before it the
+    files about it, {name: text}. Weights that are not finite end the program before that."""
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        fail(f"{folder}: the weights are not finite, nothing is saved; try a lower --lr", 1)
     saved = {"head": model.kind, "config": asdict(model.config), "made": made}
-    buffer = io.BytesIO()
-    torch.save(saved | {"vocabulary": VOCABULARY, "weights": weights}, buffer)
+    torch.save(saved | {"vocabulary": VOCABULARY, "weights": weights}, buffer := io.BytesIO())
+    for name, text in (about or {}).items():
+        write(folder / name, text)
     write(folder / "model.pt", buffer.getvalue())
 
 
 def read_model(folder: Path) -> Transformer:
     """The Transformer in folder/model.pt; ValueError for any file that is none of ours."""
-    content = read(folder / "model.pt")
     try:  # weights_only: a stranger's file can hold tensors and numbers, not code to run
-        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        saved = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
         with torch.random.fork_rng(devices=[]):  # weights drawn to be replaced cost no seed
             model = Transformer(ModelConfig(**saved["config"]), saved["head"])
         model.load_state_dict(saved["weights"])
         assert saved["vocabulary"] == VOCABULARY, "other words in its vocabulary"
-        assert model.kind in ("lm", "scalar"), "no such head"
+        assert model.kind in HEADS, "no such head"
         assert all(w.isfinite().all() for w in model.state_dict().values()), "not finite"
     except Exception as error:
-        raise ValueError(f"{folder}/model.pt is no checkpoint of ours ({error!r})") from error
+        raise ValueError(f"{folder}/model.pt cannot be used ({error!r})") from error
     return model
 
 
@@ -778,8 +768,7 @@ def load_model(folder: Path, head: str, device: torch.device) -> Transformer:
     except ValueError as error:
         fail(f"{error}; name another")
     if model.kind != head:
-        kinds = {"lm": "a policy", "scalar": "a reward model"}
-        fail(f"{folder} holds {kinds[model.kind]}, and {kinds[head]} is needed; name another")
+        fail(f"{folder} holds {HEADS[model.kind]}, and {HEADS[head]} is needed; name another")
     return model.to(device)
 
 
@@ -803,9 +792,8 @@ def pick_device(name: str) -> torch.device:
     fail(f"--device {name} does not work here; --device cpu does")
 
 
-class Run:
+class Run(contextlib.AbstractContextManager):
     """The folder runs/NAME while it is being made: iterate over the steps, log a row a step.
-
     The result is saved at the end. What is unfinished (every 100 steps, and on Ctrl-C) goes
     to runs/NAME_stopped, so that a finished result is never replaced by less."""
 
@@ -813,27 +801,20 @@ class Run:
         self.cfg, self.folder, self.model = cfg, Path(cfg.runs) / name, model
         self.steps, self.show, self.rows, self.began = steps, show, [], time.time()
         self.stopped = self.folder.with_name(f"{name}_stopped")
-        if (self.folder / "model.pt").exists():
-            with contextlib.suppress(ValueError):  # a broken file may be replaced
-                if read_model(self.folder).kind != model.kind:
-                    fail(f"--out {name}: {self.folder} holds a model of another kind")
-
-    def __enter__(self) -> "Run":
-        return self
+        with contextlib.suppress(ValueError):  # none, or a broken one, may be replaced
+            if read_model(self.folder).kind != model.kind:
+                fail(f"--out {name}: {self.folder} holds a model of another kind")
 
     def __exit__(self, kind, error, trace) -> None:
-        done = len(self.rows)
         if kind is None:
             self.save(self.folder)
             shutil.rmtree(self.stopped, ignore_errors=True)  # saved on the way, and now old
-        elif kind is KeyboardInterrupt and done:
+        elif kind is KeyboardInterrupt and self.rows:
             self.save(self.stopped)
-            again = f"; go on with: {shlex.join(['python', *sys.argv])} --init "
-            again = again + self.stopped.name if self.model.kind == "lm" else ""
-            fail(
-                f"stopped after {done} of {self.steps} steps, saved in {self.stopped}{again}",
-                130,
-            )
+            done = f"{len(self.rows)} of {self.steps} steps, saved in {self.stopped}"
+            again = shlex.join(["python", *sys.argv, "--init", self.stopped.name])
+            advice = f"; go on with: {again}" if self.model.kind == "lm" else ""
+            fail(f"stopped after {done}{advice}", 130)
 
     def __iter__(self) -> Iterator[int]:
         self.bar = tqdm(range(self.steps), desc=self.folder.name, disable=not PROGRESS)
@@ -847,85 +828,73 @@ class Run:
         means outside the world, are empty cells; any other number must be finite."""
         names = [key for key, value in row.items() if isinstance(value, Tensor)]
         if names:  # one wait for the device, not one a number
-            numbers = torch.stack([row[name].detach().float() for name in names]).tolist()
-            row |= dict(zip(names, numbers))
-        row = {k: None if k.endswith("gold") and v != v else v for k, v in row.items()}
+            numbers = torch.stack([row[name].detach().float() for name in names])
+            row |= dict(zip(names, numbers.tolist()))
         for key, value in row.items():
-            if value is not None and not math.isfinite(value):
+            if key.endswith("gold") and value != value:
+                row[key] = None
+            elif value is not None and not math.isfinite(value):
                 where = f"{self.folder.name}, step {len(self.rows)}"
                 fail(f"{where}: {key} is {value}; nothing is replaced, try a lower --lr", 1)
-        self.rows.append({"step": len(self.rows)} | row)
-        shown = {key: f"{row[key]:.3g}" for key in self.show if row[key] is not None}
-        self.bar.set_postfix(shown, refresh=False)
+        cells = {key: "" if value is None else f"{value:.6g}" for key, value in row.items()}
+        self.rows.append({"step": len(self.rows)} | cells)
+        shown = "  ".join(f"{k} {row[k]:.3g}" for k in self.show if row[k] is not None)
+        self.bar.set_postfix_str(shown, refresh=False)
         if not PROGRESS and len(self.rows) % max(1, self.steps // 10) == 0:
-            line = "  ".join(f"{key} {value}" for key, value in shown.items())
-            say(f"{self.folder.name} {len(self.rows)}/{self.steps}  {line}")
+            say(f"{self.folder.name} {len(self.rows)}/{self.steps}  {shown}")
         return row
 
     def save(self, folder: Path) -> None:
         """The weights last: where they are, the files about them are there too."""
-        check_finite(folder, self.model)
-        flags, text = asdict(self.cfg), io.StringIO()
-        if self.rows:
-            table = csv.DictWriter(text, self.rows[0], lineterminator="\n")
-            table.writeheader()
-            for row in self.rows:
-                table.writerow({k: "" if v is None else f"{v:.6g}" for k, v in row.items()})
-        about = {"script": Path(sys.argv[0]).name, "flags": flags, "steps": len(self.rows)}
-        about |= {"torch": torch.__version__, "python": sys.version.split()[0]}
-        about |= {
-            "device": str(self.model.device),
-            "seconds": round(time.time() - self.began, 1),
-        }
-        write(folder / "metrics.csv", text.getvalue())
-        write(folder / "config.json", json.dumps(about, indent=1) + "\n")
-        save_model(folder, self.model, {"flags": flags})
+        table = csv.DictWriter(metrics := io.StringIO(), self.rows[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.rows)
+        how = dict(script=Path(sys.argv[0]).name, flags=asdict(self.cfg), steps=len(self.rows))
+        how |= dict(torch=torch.__version__, python=sys.version.split()[0])
+        how |= dict(device=str(self.model.device), seconds=round(time.time() - self.began, 1))
+        config = json.dumps(how, indent=1) + "\n"
+        about = {"metrics.csv": metrics.getvalue(), "config.json": config}
+        save_model(folder, self.model, {"flags": how["flags"]}, about)
 
 
 # ---------------------------------------------------------------------------------- inputs
 
-RECIPE = {"sft": "sft.py", "reward_model": "reward_model.py"}  # made when missing
-MAKERS = {"base": "sft.py", "ppo": "ppo.py", "dpo": "dpo.py"}
-MAKERS |= {"rejection_sampling": "rejection_sampling.py"}
+RECIPE = ("sft", "reward_model")  # made when missing, by the script of that name
+MAKERS = dict(base="sft", ppo="ppo", dpo="dpo", rejection_sampling="rejection_sampling")
 PAIRS = 20_000  # comparisons that a missing file is filled with
 
 
 def run_config(folder: Path) -> dict:
     """config.json, how a run was made; nothing of one that came without."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    return {}
 
 
-def check_inputs(cfg, *names: str) -> None:
-    """Before anything is made: a model that is missing, and not made by the recipe, ends the
-    program, and so does an unfinished run of the reader's own in the recipe's place."""
-    for name in names:
-        folder, stopped = Path(cfg.runs) / name, Path(cfg.runs) / f"{name}_stopped"
-        if ".py:" in name or (folder / "model.pt").exists():
-            continue
+def check_inputs(cfg, *names: str) -> list[str]:
+    """The names whose model is missing and made by the recipe. Another that is missing, or an
+    unfinished run of the reader's own in the recipe's place, ends the program."""
+    runs = Path(cfg.runs)
+    missing = [x for x in names if ".py:" not in x and not (runs / x / "model.pt").exists()]
+    for name in missing:
         if name not in RECIPE:
-            maker = MAKERS.get(name, f"SCRIPT.py --out {name}")
-            fail(f"{folder}/model.pt is not there: python {maker} --runs {cfg.runs} makes it")
-        flags = run_config(stopped).get("flags", {})
+            maker = f"{MAKERS[name]}.py" if name in MAKERS else f"SCRIPT.py --out {name}"
+            fail(f"{runs / name} is not there: python {maker} --runs {runs} makes it")
+        flags = run_config(runs / f"{name}_stopped").get("flags", {})
         if flags.get("data") or flags.get("raw"):
-            fail(f"{folder} is needed, but {stopped} is unfinished: finish or delete it")
+            fail(f"{name} is needed, and {runs / name}_stopped unfinished: finish or delete it")
+    return missing
 
 
 def load_run(cfg, name: str, head: str, device: torch.device) -> Transformer:
-    """The model in runs/NAME. If it is missing and in the recipe, its script runs first, here
-    and now."""
-    check_inputs(cfg, name)
-    folder = Path(cfg.runs) / name
-    if not (folder / "model.pt").exists():
-        script = str(HERE / RECIPE[name])
-        say(f"{folder} is not there: {RECIPE[name]} makes it")
-        argv = [script, "--runs", cfg.runs, "--seed", str(cfg.seed), "--device", cfg.device]
-        argv, sys.argv = sys.argv, argv
+    """The model in runs/NAME. If it is missing, its script in the recipe runs first, here."""
+    if check_inputs(cfg, name):
+        say(f"{cfg.runs}/{name} is not there: {name}.py makes it")
+        script, argv = str(Path(__file__).resolve().with_name(f"{name}.py")), sys.argv
+        sys.argv = [script, "--runs", cfg.runs, "--seed", str(cfg.seed), "--device", cfg.device]
         runpy.run_path(script, run_name="__main__")
         sys.argv = argv
-    return load_model(folder, head, device)
+    return load_model(Path(cfg.runs) / name, head, device)
 
 
 def comparisons(cfg, context: int, device: torch.device) -> list[dict]:
@@ -933,9 +902,9 @@ def comparisons(cfg, context: int, device: torch.device) -> list[dict]:
     cfg.comparisons, "a,b". What is missing is collected, with answers of cfg.init."""
     if cfg.data and cfg.comparisons != type(cfg).comparisons:
         fail("--data and --comparisons: one of the two")
+    rows, keys = [], ("prompt", "chosen", "rejected")
     if cfg.data:
-        return read_jsonl(cfg.data, ("prompt", "chosen", "rejected"), context=context)
-    rows = []
+        return read_jsonl(cfg.data, keys, context=context)
     for name in cfg.comparisons.split(","):
         path = Path(cfg.runs) / name / "comparisons.jsonl"
         if not path.exists():
@@ -943,8 +912,7 @@ def comparisons(cfg, context: int, device: torch.device) -> list[dict]:
             say(f"{path}: {PAIRS} pairs of answers from {cfg.init}, judged")
             seed_all(cfg.seed)
             collect_comparisons(policy, PAIRS, path)
-        found = read_jsonl(path, ("prompt", "chosen", "rejected"), context=context)
-        rows += [row | {"source": name} for row in found]
+        rows += [row | {"source": name} for row in read_jsonl(path, keys, context=context)]
     return rows
 
 
@@ -955,9 +923,7 @@ def read_prompts(data: str | None, room: int, context: int) -> tuple[list[str], 
     prompts = list(dict.fromkeys(row["prompt"] for row in rows)) or list(QUESTIONS)
     train, held = split([x for x in prompts if len(chat(x)) + room <= context])
     if not train or not held:
-        fail(
-            f"no prompt leaves room for {room} new tokens in {context}: lower --max-new-tokens"
-        )
+        fail(f"no prompt and {room} new tokens fit into {context}: lower --max-new-tokens")
     return train, held
 
 
@@ -978,34 +944,34 @@ def load_reward(cfg, source: str, device: torch.device) -> Reward:
         model = load_run(cfg, source, "scalar", device).requires_grad_(False)
         return lambda prompts, rollout: score(model, rollout.tokens, rollout.response_mask)
     path = Path(file).resolve()
-    read(path)
 
-    def checked(work: Callable):
+    @contextlib.contextmanager
+    def naming_the_line():  # of the reader's file
         try:
-            return work()
+            yield
         except (Exception, SystemExit) as error:
             calls = traceback.extract_tb(error.__traceback__)
             lines = [call.lineno for call in calls if call.filename == str(path)]
-            lines = lines or [getattr(error, "lineno", 0)]
-            fail(f"--reward {file}:{lines[-1]}: {error!r}")
+            line = lines[-1] if lines else getattr(error, "lineno", 0)
+            fail(f"--reward {file}:{line}: {error!r}")
 
     sys.path.insert(0, str(path.parent))  # so that it can import its neighbours
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(
-        spec
-    )  # pickle looks there
-    checked(lambda: spec.loader.exec_module(module))
-    function = checked(lambda: getattr(module, name))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # pickle looks there
+    with naming_the_line():
+        spec.loader.exec_module(module)
+        function = getattr(module, name)
 
+    @naming_the_line()
     def reward(prompts: list[str], rollout: Rollout) -> Tensor:
         texts = completions(rollout)
-        values = checked(lambda: [float(x) for x in function(list(prompts), list(texts))])
-        values = torch.tensor(values)
-        if len(values) != len(texts) or not values.isfinite().all():
-            i = int((~values[: len(texts)].isfinite()).long().argmax()) if len(values) else 0
-            wrong = f"{len(values)} numbers for {len(texts)} answers, among them"
-            wrong += f" {values[i : i + 1].tolist()} for {prompts[i]!r} and {texts[i]!r}"
-            fail(f"--reward {source} gave {wrong}")
+        values = torch.tensor([float(x) for x in function(list(prompts), list(texts))])
+        if len(values) != len(texts):
+            raise ValueError(f"{len(values)} numbers for {len(texts)} answers")
+        for value, *answer in zip(values.tolist(), prompts, texts):
+            if not math.isfinite(value):
+                raise ValueError(f"{value} for {answer}")
         return values.to(rollout.tokens.device)
 
     return reward
