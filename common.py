@@ -63,12 +63,13 @@ class ModelConfig:
 
 
 def _places(tokens: Tensor, keep: Tensor | None, shared: bool) -> tuple[Tensor, Tensor]:
-    """What a Transformer works out: n of the B·T places, (n,), and which of the n stands at
-    each place, (B, T).
+    """The n of B·T places for which hidden states are computed, (n,), and for each place
+    which of the n it shows, (B, T).
 
-    Rows that begin alike have the same hidden states as long as they do: on a CPU these are
-    worked out once, for all answers to a prompt, and nothing after the last `keep` of a row
-    is. Elsewhere all places are: to count them would wait for the device."""
+    Rows that begin alike have equal hidden states up to where they part. On a CPU those are
+    computed once (the prompt of several answers, say), if the tokens are whole beginnings
+    (`shared`), and those after the last `keep` of a row never. On other devices all places
+    are computed: to count the distinct ones would wait for the device."""
     B, T = tokens.shape
     places = torch.arange(B * T, device=tokens.device)
     if not shared or tokens.device.type != "cpu":
@@ -85,8 +86,8 @@ def _places(tokens: Tensor, keep: Tensor | None, shared: bool) -> tuple[Tensor, 
 
 
 def _at(x: Tensor, index: Tensor) -> Tensor:
-    """The rows x[index], for an index of _places: as long as x only where it changes nothing.
-    embedding, as its backward is fast."""
+    """x[index], for an index of _places: where it is as long as x, it changes nothing.
+    F.embedding does the same as x[index], with a faster backward."""
     return x.view(*index.shape, -1) if len(x) == index.numel() else F.embedding(index, x)
 
 
@@ -104,8 +105,8 @@ class Block(nn.Module):
         self.down = nn.Linear(c.hidden, c.channels, bias=False)
 
     def attention(self, x: Tensor, cos, sin, where, future, cache: Tensor | None) -> Tensor:
-        """x (n, C) -> what each place of a batch attends to, (B·T, C); row where[b, t] of x
-        stands at place (b, t)."""
+        """x (n, C) -> the result of attention at every place, (B·T, C). Place (b, t) shows
+        row where[b, t] of x."""
         (B, T), H, K, D = where.shape, self.heads, self.kv_heads, cos.shape[-1]
         qkv = self.qkv(self.attention_norm(x)).view(len(x), H + 2 * K, D)
         qk, v = qkv.split((H + K, K), 1)  # (n, heads, D)
@@ -123,7 +124,7 @@ class Block(nn.Module):
         return (scores.softmax(-1) @ v).transpose(1, 2).reshape(B * T, -1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x and what it attended to, y -> x after the block, (n, C) all."""
+        """x and its result of attention, y -> x after the block, all (n, C)."""
         x = x + self.out(y)
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
