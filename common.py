@@ -62,32 +62,31 @@ class ModelConfig:
     norm_eps: float = 1e-5
 
 
-def _places(tokens: Tensor, keep: Tensor | None, shared: bool) -> tuple[Tensor, Tensor]:
-    """The n of B·T places for which hidden states are computed, (n,), and for each place
-    which of the n it shows, (B, T).
+def _positions(tokens: Tensor, keep: Tensor | None, shared: bool) -> tuple[Tensor, Tensor]:
+    """Prefix sharing: the positions to compute, (n,), flat indices, and which of these n each
+    position uses, (B, T).
 
-    Rows that begin alike have equal hidden states up to where they part. On a CPU those are
-    computed once (the prompt of several answers, say), if the tokens are whole beginnings
-    (`shared`), and those after the last `keep` of a row never. On other devices all places
-    are computed: to count the distinct ones would wait for the device."""
+    On a CPU, prefixes that rows share are computed once (if `shared`: the tokens start at
+    position 0), and positions after a row's last `keep` are skipped. Other devices compute
+    all positions: to count the distinct ones, Python would have to wait for them."""
     B, T = tokens.shape
-    places = torch.arange(B * T, device=tokens.device)
+    every = torch.arange(B * T, device=tokens.device)
     if not shared or tokens.device.type != "cpu":
-        return places, places.view(B, T)
-    # a sum of tokens times random odd numbers tells beginnings apart, but for one in 2⁵⁰
+        return every, every.view(B, T)
+    # sums of tokens times random odd numbers: two prefixes have the same one once in 2⁵⁰
     odd = torch.from_numpy(np.random.default_rng(0).integers(2**62, size=T)) * 2 + 1
-    beginning = ((tokens + 1) * odd).cumsum(1)
+    prefix = ((tokens + 1) * odd).cumsum(1)
     if keep is not None:
-        beginning = beginning.where(keep.flip(1).cumsum(1).flip(1) > 0, 0)
-    distinct, where = beginning.unique(return_inverse=True)
-    if len(distinct) == len(places):
-        return places, places.view(B, T)
-    return torch.empty_like(distinct).scatter_(0, where.flatten(), places), where
+        prefix = prefix.where(keep.flip(1).cumsum(1).flip(1) > 0, 0)
+    distinct, where = prefix.unique(return_inverse=True)
+    if len(distinct) == B * T:
+        return every, every.view(B, T)
+    return torch.empty_like(distinct).scatter_(0, where.flatten(), every), where
 
 
 def _at(x: Tensor, index: Tensor) -> Tensor:
-    """x[index], for an index of _places: where it is as long as x, it changes nothing.
-    F.embedding does the same as x[index], with a faster backward."""
+    """x[index]. An index of _positions as long as x is the identity, so x is only reshaped.
+    F.embedding is x[index] with a faster backward."""
     return x.view(*index.shape, -1) if len(x) == index.numel() else F.embedding(index, x)
 
 
@@ -105,8 +104,8 @@ class Block(nn.Module):
         self.down = nn.Linear(c.hidden, c.channels, bias=False)
 
     def attention(self, x: Tensor, cos, sin, where, future, cache: Tensor | None) -> Tensor:
-        """x (n, C) -> the result of attention at every place, (B·T, C). Place (b, t) shows
-        row where[b, t] of x."""
+        """x (n, C) -> the result of attention at every position, (B·T, C). Position (b, t)
+        uses row where[b, t] of x."""
         (B, T), H, K, D = where.shape, self.heads, self.kv_heads, cos.shape[-1]
         qkv = self.qkv(self.attention_norm(x)).view(len(x), H + 2 * K, D)
         qk, v = qkv.split((H + K, K), 1)  # (n, heads, D)
@@ -164,11 +163,11 @@ class Transformer(nn.Module):
         return self.embed.weight.device
 
     def trunk(self, tokens: Tensor, cache=None, start: int = 0, keep=None) -> Tensor:
-        """Hidden states (B, T, C) of tokens that stand at positions start, start + 1, …;
-        with `keep` (B, T), bool, of these m places only, (m, C): what comes after the last
-        attention is worked out for them alone."""
+        """Hidden states (B, T, C) of tokens that stand at positions start, start + 1, …
+        With `keep` (B, T), bool, return only its m True positions, (m, C); the last MLP runs
+        on these alone."""
         T = tokens.shape[1]
-        first, where = _places(tokens, keep, shared=start == 0)
+        first, where = _positions(tokens, keep, shared=start == 0)
         x, position = self.embed(tokens.flatten()[first]), start + first % T  # (n, C), (n,)
         cos, sin = self.cos[position, None], self.sin[position, None]
         future = x.new_full((T, start + T), -math.inf).triu(start + 1)
@@ -188,7 +187,7 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.embed.weight)
 
     def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
-        """`keep` (B, T), bool: the outputs at these n positions only -> (n, V) or (n,)."""
+        """`keep` (B, T), bool: the outputs at its m True positions only, (m, V) or (m,)."""
         return self.head(self.trunk(tokens, keep=keep))
 
 
@@ -552,8 +551,8 @@ def held_out(prompt: str) -> bool:
 
 def split(rows: list) -> tuple[list, list]:
     """Prompts, or rows with a prompt -> (training part, held-out part). If all prompts fall
-    on one side (as in selected.jsonl), another sixth of them is held out: it depends on the
-    prompt alone, not on which rows around it could be used."""
+    on one side (as in selected.jsonl), another hash holds out a sixth of them, or the first
+    prompt if that sixth is empty."""
     asked = [row if isinstance(row, str) else row["prompt"] for row in rows]
     prompts = list(dict.fromkeys(asked))
     held = {prompt for prompt in prompts if held_out(prompt)}
@@ -735,8 +734,8 @@ def encode_pairs(rows: list[dict], device) -> tuple[Tensor, Tensor]:
 
 
 def save_model(folder: Path, model: Transformer, made: dict, about: dict | None = None) -> None:
-    """folder/model.pt: weights, model config, and the flags it was made with; before it the
-    files about it, {name: text}. Weights that are not finite end the program before that."""
+    """Write the files in `about`, {name: text}, then model.pt: weights, config and flags. If a
+    weight is not finite, fail and write nothing."""
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     if not all(weight.isfinite().all() for weight in weights.values()):
         fail(f"{folder}: the weights are not finite, nothing is saved; try a lower --lr", 1)
@@ -814,7 +813,8 @@ class Run(contextlib.AbstractContextManager):
             self.save(self.stopped)
             done = f"{len(self.rows)} of {self.steps} steps, saved in {self.stopped}"
             again = shlex.join(["python", *sys.argv, "--init", self.stopped.name])
-            advice = f"; go on with: {again}" if self.model.kind == "lm" else ""
+            same = self.model.kind == "lm" and self.folder.name == self.cfg.out
+            advice = f"; go on with: {again}" if same else ""
             fail(f"stopped after {done}{advice}", 130)
 
     def __iter__(self) -> Iterator[int]:
@@ -846,7 +846,7 @@ class Run(contextlib.AbstractContextManager):
         return row
 
     def save(self, folder: Path) -> None:
-        """The weights last: where they are, the files about them are there too."""
+        """The weights go last: if model.pt is there, so are the files about it."""
         table = csv.DictWriter(metrics := io.StringIO(), self.rows[0], lineterminator="\n")
         table.writeheader()
         table.writerows(self.rows)
@@ -866,15 +866,15 @@ PAIRS = 20_000  # comparisons that a missing file is filled with
 
 
 def run_config(folder: Path) -> dict:
-    """config.json, how a run was made; nothing of one that came without."""
+    """How a run was made: its config.json, or {} if it has none."""
     with contextlib.suppress(OSError, ValueError):
         return json.loads((folder / "config.json").read_text())
     return {}
 
 
 def check_inputs(cfg, *names: str) -> list[str]:
-    """The names whose model is missing and made by the recipe. Another that is missing, or an
-    unfinished run of the reader's own in the recipe's place, ends the program."""
+    """Return the missing models that the recipe can make. Fail if another model is missing, or
+    if a missing one has an unfinished run on the reader's own data."""
     runs = Path(cfg.runs)
     missing = [x for x in names if ".py:" not in x and not (runs / x / "model.pt").exists()]
     for name in missing:
@@ -1004,7 +1004,7 @@ def evaluate(policy, reference, reward, prompts: list[str], limit: int, n: int =
 
 
 def standard_error(values: Tensor, groups: list) -> float:
-    """Of the mean of values (M, N), where only rows of different groups are independent."""
+    """Clustered standard error of the mean of values (M, N); groups (M) are the clusters."""
     number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     sums = np.bincount([number[x] for x in groups], (values - values.mean()).sum(1))
     n = len(sums)
@@ -1012,8 +1012,7 @@ def standard_error(values: Tensor, groups: list) -> float:
 
 
 def win_rate(gold: Tensor, other: Tensor) -> Tensor:
-    """Share of answer pairs to the same prompt with the higher gold, (M, 4), (M, 4) -> ();
-    a tie counts ½."""
+    """Share of same-prompt pairs where gold > other, (M, 4), (M, 4) -> (); a tie counts ½."""
     gap = gold[:, :, None] - other[:, None, :]
     return torch.where(gap.isnan(), gap, (gap.sign() + 1) / 2).mean()
 
@@ -1036,10 +1035,10 @@ def print_table(cfg, found: dict[str, dict], ref: str, reward_name: str) -> None
 
 
 def table_reward(cfg, device: torch.device) -> tuple[Reward | None, str]:
-    """The reward of a table whose runs were not trained on it, and its name: --reward, or
-    runs/reward_model if it is there."""
-    name = getattr(cfg, "reward", None) or "reward_model"
-    if ".py:" not in name and not (Path(cfg.runs) / name / "model.pt").exists():
+    """The table's reward and its name: --reward, or runs/reward_model; None if that has not
+    been made yet."""
+    name = getattr(cfg, "reward", "reward_model")
+    if name == "reward_model" and not (Path(cfg.runs) / name / "model.pt").exists():
         return None, "none yet"
     return load_reward(cfg, name, device), name
 
@@ -1063,7 +1062,7 @@ def closing_table(cfg, names: list[str], reward, reward_name: str, prompts, devi
 
 
 def before_and_after(cfg, found: dict[str, dict], device: torch.device) -> None:
-    """Print what cfg.init and cfg.out say to three held-out prompts; samples.txt has 30."""
+    """Print what cfg.init and cfg.out answer to the 3 shortest prompts; samples.txt has 30."""
     asked = blocks = found[cfg.out]["prompts"][:30]
     for name in (cfg.init, cfg.out):
         if name in found:  # the first of four answers
@@ -1101,7 +1100,7 @@ def learning_curves(folder: Path) -> dict[str, np.ndarray]:
     try:
         table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
         parts = np.array_split(table, min(12, len(table)))
-    except (OSError, ValueError, TypeError):  # a run that came without, or of a single step
+    except (OSError, ValueError, TypeError):  # no such file, or a single step
         return {}
     found = [key for key in CURVES if key in table.dtype.names]
     return {key: np.array([part[key].mean() for part in parts]) for key in found}
@@ -1319,15 +1318,15 @@ def parse(config: type, doc: str, words: list[str] | None = None):
 
 
 def start(main: Callable, config: type, doc: str) -> None:
-    """A script from its command line to its end. It begins only if the result can be written
-    where it is to go, and replaces nothing that it or other runs start from."""
+    """Run a script. It stops at once if --out cannot be written, or names its own input or a
+    default input of other scripts."""
     if sys.stdout is not None:  # a console without β prints \\u03b2
         sys.stdout.reconfigure(errors="backslashreplace")
     cfg = parse(config, doc)
     if hasattr(cfg, "out"):
         inputs = {"base", "sft", "comparisons", "reward_model"} - {config.out}
-        if cfg.out in inputs | {getattr(cfg, flag, None) for flag in ("ref", "reward")}:
-            fail(f"--out {cfg.out}: other runs start from it; choose another name")
+        if cfg.out in inputs | {getattr(cfg, x, None) for x in ("init", "ref", "reward")}:
+            fail(f"--out {cfg.out}: this run or others start from it; choose another name")
         folder = Path(cfg.runs) / cfg.out
         there = next(x for x in (folder, *folder.absolute().parents) if x.exists())
         writable = there.is_dir() and os.access(there, os.W_OK)
@@ -1339,7 +1338,7 @@ def start(main: Callable, config: type, doc: str) -> None:
     try:
         main(cfg)
     except KeyboardInterrupt:
-        fail("stopped; nothing is lost but the step it was in", 130)
+        fail("stopped; what was not saved yet is lost", 130)
 
 
 @dataclass
@@ -1353,12 +1352,17 @@ class Report:
     device: str = arg("auto", "auto, cpu, cuda or mps")
 
 
-@dataclass(kw_only=True)
-class Sample(Report):
+@dataclass
+class Sample:
     run: str = arg(MISSING, "a policy under --runs")
     question: str = arg(MISSING, "what it is asked")
     n: int = arg(4, "answers", low=1)
     best: bool = arg(False, "print only the answer with the highest r: best of n")
+    reward: str = arg("reward_model", "r: a run under --runs, or FILE.py:function")
+    max_new_tokens: int = arg(24, "longest answer, in tokens", low=1)
+    runs: str = arg("runs", "the folder of all runs")
+    seed: int = arg(0, "one seed, one result")
+    device: str = arg("auto", "auto, cpu, cuda or mps")
 
 
 @dataclass

@@ -10,7 +10,7 @@
     π_ref          reference, ref_logprobs      the same function, frozen weights
     KL, β          kl (nats), cfg.beta          response_return: Σ_t log π − log π_ref
     R              returns                      response_return: a one-sample estimate of J
-    V(x)           values                       common.token_values: before y has begun
+    V(x)           values                       common.token_values: before y (gae: before y_t)
     A              advantages                   estimate_advantages
     J              J = reward − β kl            logged, with reward and kl, every step
 
@@ -114,8 +114,8 @@ def grpo(returns: Tensor, n: int) -> Tensor:
     """Group-normalised advantages (B,); equal returns give exactly 0. eq:GRPO_ADV
 
     Not gradient ascent on J: dividing by std gives every prompt the same weight. With n = 2
-    only the order of the two returns counts, and the gradient is that of twice the win
-    rate, by R, against the policy that sampled.
+    only the order of the two returns counts: without ties the gradient is twice that of
+    P(R of π > R of π_old).
     """
     # A_i = (R_i − mean R) / std R
     groups = returns.view(-1, n)
@@ -154,9 +154,9 @@ def policy_loss(
     Summed over a response's tokens and averaged over responses; eq:PPO_EQN_EXPANDED divides
     by |a| too. At ratio 1 the gradient is REINFORCE's with a baseline
     (eq:REINFORCE_with_baseline): its mean over y ~ π is −∇J, unless A is biased, as with
-    `grpo`, or λ < 1 and an inexact V. ρ is per token although the whole response is one
-    action, because a product of ten token ratios soon lies outside 1 ± ε. At ρ = 1 both have
-    the same gradient (section "MDP vs. Bandit Framing").
+    `grpo`, or λ < 1 and an inexact V. The whole response is one action, yet ρ is per token:
+    the product of ten token ratios soon leaves 1 ± ε. At ρ = 1 both ratios give the same
+    gradient (section "MDP vs. Bandit Framing").
     """
     # ρ_t = π(y_t | x, y_<t) / π_old(y_t | x, y_<t)                           eq:PPO_POL_RATIO
     ratio = (logprobs - old_logprobs).exp()
@@ -240,7 +240,7 @@ def estimate_advantages(estimator: str, cfg: Config, batch: Batch) -> Tensor:
             return rloo(R, cfg.samples)[:, None]
         case "grpo":
             return grpo(R, cfg.samples)[:, None]
-        case "reinforce":  # no baseline, but r is centred on demonstrations: 0 acts as one
+        case "reinforce":  # baseline 0: the mean r of demonstrations, by a reward model
             return R[:, None]
         case "gae":  # the token-level MDP view: per-token rewards, V(s_t), λ; γ = 1
             known = batch.reward, batch.logprobs, batch.ref_logprobs, batch.response_mask
@@ -254,8 +254,8 @@ def estimate_advantages(estimator: str, cfg: Config, batch: Batch) -> Tensor:
 def update(
     cfg: Config, batch: Batch, advantages: Tensor, policy, critic, optimizers, lr: float
 ) -> dict:
-    """Step 5: K epochs of clipped minibatch updates. In the first one the ratio is 1 and the
-    gradient is REINFORCE's, with A; with K = 1 and one minibatch there is no other.
+    """Step 5: K epochs of clipped minibatch updates. In the first update ρ = 1 and the
+    gradient is REINFORCE's, with A; with K = 1 and one minibatch it is the only update.
 
     Returns the other columns of metrics.csv, means over the updates: `policy_loss`,
     `value_loss`; `grad_norm` of the policy, before gradient clipping; `clipped`, the share of
@@ -309,10 +309,10 @@ def trace(
 
     prompt = common.decode(tokens[0, : mask[0].int().argmax()].tolist())
     lines = [f"step {step}   x: {prompt}   A by {cfg.estimator}, β = {cfg.beta}"]
-    names = "r", "log π", "log π_ref", "kl", "R", "baseline", "A", "log π after"
+    R_minus_A = "R − A" if cfg.estimator in ("grpo", "gae") else "baseline"
+    names = "r", "log π", "log π_ref", "kl", "R", R_minus_A, "A", "log π after"
     lines += [("{:>12}" * 8).format(*names) + "   y"]  # 8 columns of width 12
-    baseline = R.mean().expand(n) if cfg.estimator == "grpo" else R - mean(A)
-    columns = batch.reward[:n], old.sum(1), ref.sum(1), batch.kl[:n], R, baseline, mean(A)
+    columns = batch.reward[:n], old.sum(1), ref.sum(1), batch.kl[:n], R, R - mean(A), mean(A)
     for i, numbers in enumerate(zip(*columns, new.sum(1))):
         answer = common.decode(tokens[i][mask[i]].tolist())
         lines += [("{:12.2f}" * 8).format(*numbers) + f"   {answer!r}"]
@@ -349,8 +349,10 @@ def check_start(cfg: Config, row: dict[str, float]) -> None:
     """Constants that hold before anything is learned; 1e-4 tells bugs from rounding."""
     if cfg.init == cfg.ref and row["kl"] != 0:
         common.fail(f"policy and reference are the same, but KL is {row['kl']}", 1)
-    if abs(row["start_ratio"] - 1) > 1e-4 or row["sampler_gap"] > 1e-4:
+    if abs(row["start_ratio"] - 1) > 1e-4:
         common.fail(f"step 0: ρ is {row['start_ratio']} before any update, and must be 1", 1)
+    if row["sampler_gap"] > 1e-4:
+        common.fail(f"sampled and scored log-probs differ by {row['sampler_gap']} nats", 1)
 
 
 def main(cfg: Config) -> None:

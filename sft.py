@@ -69,9 +69,9 @@ class Config:
 def sft_loss(logprobs: Tensor, mask: Tensor, count: float | Tensor | None = None) -> Tensor:
     """Mean negative log-likelihood (nats per token) of the tokens in the mask, (B, T) -> ().
 
-    `count` is what the sum is divided by: the batch's own tokens, or, in training, the mean
-    token count of a batch. With that constant the mean over an epoch's batches is L; with its
-    own a token in a batch of short rows would weigh more. Source: "Instruction Fine-Tuning".
+    The sum is divided by `count`; without it, by the batch's own token count. Training passes
+    the mean count of a batch, so that the mean over an epoch's batches is L; otherwise a token
+    in a batch of short rows would weigh more. Source: "Instruction Fine-Tuning".
     """
     # L = − (Σ_t mask_t log π(y_t | x, y_<t)) / (Σ_t mask_t)
     return -(logprobs * mask).sum() / (mask.sum() if count is None else count)

@@ -196,7 +196,7 @@ def test_appended_pads_change_no_logprob_value_or_score(tiny):
     torch.testing.assert_close(expected, torch.cat(alone), atol=1e-5, rtol=0)
 
 
-ALIKE = [  # what _places must tell apart, and what it must not
+ALIKE = [  # what _positions must tell apart, and what it must not
     [1, 5, 2, 7, 7, 3, 3],
     [1, 5, 2, 7, 8, 9, 3],
     [1, 2, 5, 7, 7, 3, 3],  # the same tokens in another order
@@ -210,7 +210,7 @@ def test_rows_that_begin_alike_are_worked_out_once(tiny):
     """A place that is given another beginning's hidden state: the same tokens in another order
     or elsewhere, one token more; a place that is worked out again, or that nobody asked for."""
     tokens = torch.tensor(ALIKE)
-    first, where = common._places(tokens, None, True)
+    first, where = common._positions(tokens, None, True)
     begun = [[tuple(row[: t + 1]) for t in range(len(row))] for row in ALIKE]
     assert len(first) == len({part for row in begun for part in row})
     for i, place in enumerate(first.tolist()):
@@ -218,7 +218,7 @@ def test_rows_that_begin_alike_are_worked_out_once(tiny):
         assert {begun[i][j] for i, j in (where == i).nonzero().tolist()} == {begun[b][t]}
     keep = torch.zeros_like(tokens, dtype=torch.bool)
     keep[0, 3] = keep[2, 5] = keep[2, 1] = True
-    first, where = common._places(tokens, keep, True)
+    first, where = common._positions(tokens, keep, True)
     needed = {part for part in begun[0][:4] + begun[2][:6]}
     assert len(first) == len(needed) + 1  # one stands for all that are not needed
 
@@ -1221,6 +1221,7 @@ def test_nothing_is_saved_that_is_not_finite(runs, tiny, stops, weight):
 class Config:
     runs: str
     data: str = None
+    out: str = "new"
 
 
 def train(runs, model, steps=120, at=None, do=None, name="new", **columns) -> None:
@@ -1303,6 +1304,14 @@ def test_ctrl_c_keeps_the_steps_so_far_beside_the_earlier_result(runs, tiny, cap
     train(runs, tiny(), steps=4)  # and finishing removes it
     assert not (runs / "new_stopped").exists()
     assert last_step(runs / "new") == 3
+
+
+def test_a_stopped_base_model_names_no_command(runs, tiny, capsys):
+    """sft.py stopped in the base model's training: its --init would tune the unfinished base."""
+    with pytest.raises(SystemExit):
+        train(runs, tiny(), at=3, do=interrupt, name="base")
+    assert "--init" not in capsys.readouterr().err
+    assert last_step(runs / "base_stopped") == 2
 
 
 def test_stopping_before_the_first_step_saves_nothing(runs, tiny, files):
@@ -1667,7 +1676,6 @@ def test_the_reward_of_a_table_is_the_given_one_or_the_recipes(runs, tiny):
     common.save_model(runs / "another", tiny(9, "scalar"), {})
     for flags, name in (
         ({"reward": "another"}, "another"),
-        ({"reward": None}, "reward_model"),
         ({}, "reward_model"),
     ):
         reward, said = common.table_reward(SimpleNamespace(runs=str(runs), **flags), CPU)
@@ -1678,6 +1686,8 @@ def test_the_reward_of_a_table_is_the_given_one_or_the_recipes(runs, tiny):
         assert said == name
     (runs / "reward_model/model.pt").unlink()
     assert common.table_reward(SimpleNamespace(runs=str(runs)), CPU)[0] is None
+    with pytest.raises(SystemExit):  # a typo is no table without a reward
+        common.table_reward(SimpleNamespace(runs=str(runs), reward="anoter"), CPU)
 
 
 def table_rows(capsys) -> dict[str, list[str]]:

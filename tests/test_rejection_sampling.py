@@ -434,6 +434,7 @@ def test_a_reference_with_a_shorter_context(call, runs, tiny):
         "--data nowhere.jsonl",
         "--max-new-tokens 155",  # of a context of 160
         "--out reward_model",
+        "--init other --out other",
     ],
 )
 def test_a_wrong_command_line_is_refused(refused, flags):

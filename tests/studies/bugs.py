@@ -160,7 +160,7 @@ FORMULAS = [  # a formula is wrong
     (
         "a baseline of the batch mean",
         "ppo.py",
-        'case "reinforce":  # no baseline, but r is centred on demonstrations: 0 acts as one\n            return R[:, None]',
+        'case "reinforce":  # baseline 0: the mean r of demonstrations, by a reward model\n            return R[:, None]',
         'case "reinforce":\n            return (R - R.mean())[:, None]',
         "tests/test_ppo.py::test_each_estimator_has_its_own_baseline",
     ),
@@ -222,6 +222,20 @@ FORMULAS = [  # a formula is wrong
     ),
 ]
 WIRING = [  # the formula is right, and gets or gives the wrong thing
+    (
+        "a stopped base model is to be instruction-tuned",
+        "common.py",
+        'same = self.model.kind == "lm" and self.folder.name == self.cfg.out',
+        'same = self.model.kind == "lm"',
+        "tests/test_common.py::test_a_stopped_base_model_names_no_command",
+    ),
+    (
+        "a typo in --reward makes a table without rewards",
+        "common.py",
+        'if name == "reward_model" and not',
+        'if ".py:" not in name and not',
+        "tests/test_common.py::test_the_reward_of_a_table_is_the_given_one_or_the_recipes",
+    ),
     (
         "token 0 counts as no token where rows begin alike",
         "common.py",
