@@ -1255,7 +1255,7 @@ def test_metrics_are_what_was_logged_and_unknown_gold_is_an_empty_cell(runs, tin
     )
     assert rows == [{"step": str(step), **expected} for step in range(3)]
     about = json.loads((runs / "new/config.json").read_text())
-    assert about["flags"] == {"runs": str(runs), "data": None}
+    assert about["flags"] == {"runs": str(runs), "data": None, "out": "new"}
     assert about["steps"] == 3
     assert last_step(runs / "new") == 2
     assert "0.123" in capsys.readouterr().out
@@ -1307,7 +1307,7 @@ def test_ctrl_c_keeps_the_steps_so_far_beside_the_earlier_result(runs, tiny, cap
 
 
 def test_a_stopped_base_model_names_no_command(runs, tiny, capsys):
-    """sft.py stopped in the base model's training: its --init would tune the unfinished base."""
+    """sft.py stopped in the base model's stage: with --init it would tune what is unfinished."""
     with pytest.raises(SystemExit):
         train(runs, tiny(), at=3, do=interrupt, name="base")
     assert "--init" not in capsys.readouterr().err
