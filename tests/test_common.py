@@ -1307,7 +1307,7 @@ def test_ctrl_c_keeps_the_steps_so_far_beside_the_earlier_result(runs, tiny, cap
 
 
 def test_a_stopped_base_model_names_no_command(runs, tiny, capsys):
-    """sft.py stopped in the base model's stage: with --init it would tune what is unfinished."""
+    """sft.py stopped in the base model's stage, and told to tune what is unfinished."""
     with pytest.raises(SystemExit):
         train(runs, tiny(), at=3, do=interrupt, name="base")
     assert "--init" not in capsys.readouterr().err
