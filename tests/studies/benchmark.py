@@ -5,8 +5,9 @@ python tests/studies/benchmark.py --beside FOLDER     the recipe, here and in an
 
 1. Rollouts and training steps of ours and, if it is there, of the Llama of transformers: the
    same weights (equal logits and gradients are checked), the same batches, in turn. But ours
-   drops finished rows from the batch (on a CPU), and has logits and the last block's MLP only
-   where they are needed; theirs pads on the left. Sampled texts differ by seed.
+   drops finished rows from the batch and computes prefixes that rows share once (both on a
+   CPU), and has logits and the last block's MLP only where they are needed; theirs pads on the
+   left. Sampled texts differ by seed.
 
 2. The parts of a PPO step of the default run. 3. Its growth with rows, tokens and model.
 """
