@@ -374,10 +374,8 @@ def main(cfg: Config) -> None:
         critic = common.scalar_copy(policy)
         torch.nn.init.zeros_(critic.scalar.weight)
     optimizers = [common.adamw(model) for model in (policy, critic) if model]
-    common.say(
-        f"{cfg.runs}/{cfg.out}: {cfg.estimator}, β = {cfg.beta}, {cfg.steps} steps of "
-        f"{cfg.prompts} prompts × {cfg.samples} answers, reward: {cfg.reward}"
-    )
+    about = f"{cfg.estimator}, β = {cfg.beta}, {cfg.prompts} prompts × {cfg.samples} answers"
+    common.say(f"{cfg.runs}/{cfg.out}: {about}, reward: {cfg.reward}")
     stream, traces = common.shuffled(prompts), []
     with common.Run(cfg, cfg.out, policy, cfg.steps, show=("reward", "kl", "J", "gold")) as run:
         for step in run:

@@ -144,10 +144,8 @@ def main(cfg: Config) -> None:
     prompts, held = common.read_prompts(cfg.data, cfg.max_new_tokens, context)
 
     common.seed_all(cfg.seed)
-    common.say(
-        f"{cfg.runs}/{cfg.out}: {cfg.rounds} round(s) of {cfg.prompts} prompts × {cfg.samples} "
-        f"answers, kept by {cfg.select}, reward: {cfg.reward}"
-    )
+    about = f"{cfg.prompts} prompts × {cfg.samples} answers, kept by {cfg.select}"
+    common.say(f"{cfg.runs}/{cfg.out}: {about}, reward: {cfg.reward}")
     prompt_stream, kept = common.shuffled(prompts), []
     total, show = cfg.rounds * cfg.steps, ("round", "reward", "kl", "selected_reward", "loss")
     with common.Run(cfg, cfg.out, policy, total, show) as run:
