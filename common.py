@@ -1124,7 +1124,8 @@ def draw(cfg, found: dict[str, dict], device: torch.device) -> None:
         for key, axis in axes.items():
             x, y = run["log_ratio"].mean().item(), run[key].mean().item()
             axis.plot(x, y, "o", markersize=size, **style)
-            axis.text(x, y, f"   {name}", fontsize=size, va="top", color=color)
+            side = "top" if name in FIVE[:2] else "bottom"  # so that near ones do not overlap
+            axis.text(x, y, f"   {name}", fontsize=size, va=side, color=color)
             axis.set(xlabel=f"KL to {cfg.ref}, nats per response", ylabel=key)
             # a path has the rewards it was trained on, which may not be this table's
             same = key == "gold" or flags.get("reward") == cfg.reward
