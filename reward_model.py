@@ -22,8 +22,8 @@ and once, after the last step:
 
     python reward_model.py                              makes runs/sft and comparisons first
     python reward_model.py --pairs 2000 --out rm_weak   a weak one, for over-optimisation
-    python reward_model.py --init ppo --comparisons comparisons,comparisons_2 --out rm_2
-                          a second round: new pairs of the policy's answers beside the old ones
+    python reward_model.py --init ppo --comparisons comparisons,comparisons_2 --pairs 40000
+                  --out rm_2          a second round: pairs of ppo's answers beside the old ones
 
 Look at: held-out accuracy beside its ceiling. Annotators are noisy, so that even the gold
 reward would agree with only `ceiling` of their choices. Both are expectations over the noisy
