@@ -334,6 +334,14 @@ def test_what_generate_says_of_its_samples(model, temperature, seed):
             assert (row[:, len(x) : len(x) + small.LONGEST] - exact).abs().max() < 1e-10
 
 
+def test_response_ids_are_what_was_sampled():
+    """A sampled PAD dropped, padding kept, EOS lost, the prompt taken along."""
+    tokens = torch.tensor([[1, 5, 2, PAD, 7, EOS], [1, 2, PAD, PAD, PAD, PAD]])
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0]]).bool()
+    rollout = common.Rollout(tokens, mask, torch.tensor([True, False]), 0.0 * mask)
+    assert common.response_ids(rollout) == [[PAD, 7, EOS], [PAD, PAD]]
+
+
 @pytest.mark.parametrize(("kv_heads", "temperature"), [(1, 0.6), (2, 1.0)])
 def test_every_sampled_logprob_is_that_of_a_full_forward_on_the_row_alone(
     tiny, kv_heads, temperature

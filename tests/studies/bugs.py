@@ -640,7 +640,7 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
         "common.py",
         "return [[i for i, on in zip(ids, mask) if on] for ids, mask in rows]",
         "return [[i for i, on in zip(ids, mask) if on and i != PAD] for ids, mask in rows]",
-        "tests/test_rejection_sampling.py::test_every_token_weighs_the_same",
+        "tests/test_common.py::test_response_ids_are_what_was_sampled",
     ),
     (
         "the first answers imitated, whatever was selected",
