@@ -360,10 +360,8 @@ def score(reward_model: Transformer, tokens: Tensor, response_mask: Tensor) -> T
 # ----------------------------------------------------------------------------------- steps
 
 
-def minibatches(
-    size: int, tokens: Tensor, mask: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Random minibatches without end: (row indices, tokens, mask), `size` rows each.
+def minibatches(size: int, tokens: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random minibatches without end: (tokens, mask), `size` rows each.
 
     In an epoch, ⌈rows / size⌉ minibatches, every row comes once. Rows of similar length are
     grouped, and columns that are padding in all of them are cut off. tokens and mask are
@@ -376,7 +374,7 @@ def minibatches(
             epoch += block[lengths[block].argsort(stable=True)].split(size)
         for i in torch.randperm(len(epoch)):
             longest, rows = int(lengths[epoch[i]].max()), epoch[i].to(tokens.device)
-            yield rows, tokens[rows, ..., :longest], mask[rows, ..., :longest]
+            yield tokens[rows, ..., :longest], mask[rows, ..., :longest]
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -611,7 +609,7 @@ def collect_comparisons(policy: Transformer, n: int, path: Path) -> None:
                     row = {"prompt": prompt, "chosen": a[0], "rejected": b[0]}
                     row |= {"chosen_finished": a[1], "rejected_finished": b[1]}
                     lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-            bar.update(min(n, len(lines)) - bar.n)
+                bar.update(min(n, len(lines)) - bar.n)
     lines = lines[:n]
     random.shuffle(lines)  # they were sampled by length
     write(path, "".join(lines))
@@ -673,11 +671,13 @@ def read_row(line: bytes, keys: tuple[str, ...]) -> dict:
             continue
         roles = ["user"] if key == "prompt" else ["user", "assistant"][-len(turns) :]
         try:
-            assert [turn["role"] for turn in turns] == roles
+            found = [turn["role"] for turn in turns]
             said = [turn["content"] for turn in turns]  # each a string, or text parts
             texts = [x if isinstance(x, str) else "".join(p["text"] for p in x) for x in said]
-        except (AssertionError, KeyError, TypeError):
-            raise ValueError(f"{key} must be one user turn and one answer, of text") from None
+        except (KeyError, TypeError):
+            found = None
+        if found != roles:
+            raise ValueError(f"{key} must be one user turn and one answer, of text")
         row[key] = texts[-1]
         if len(texts) == 2 and row.setdefault("prompt", texts[0]) != texts[0]:
             raise ValueError(f"{key} answers another prompt")
@@ -1344,6 +1344,8 @@ def start(main: Callable, config: type, doc: str) -> None:
 
 @dataclass
 class Report:
+    """The flags of `report`."""
+
     ref: str = arg("sft", "π_ref of the KL and the win rate, under --runs")
     reward: str = arg("reward_model", "r: a run under --runs, or FILE.py:function")
     data: str = arg(None, "held-out prompts from your own JSONL of {prompt}")
@@ -1355,6 +1357,8 @@ class Report:
 
 @dataclass
 class Sample:
+    """The words and flags of `sample`."""
+
     run: str = arg(MISSING, "a policy under --runs")
     question: str = arg(MISSING, "what it is asked")
     n: int = arg(4, "answers", low=1)
@@ -1368,6 +1372,8 @@ class Sample:
 
 @dataclass
 class Export:
+    """The words and flags of `export`."""
+
     run: str = arg(MISSING, "a policy or a reward model, under --runs")
     folder: str = arg(MISSING, "where its files go")
     runs: str = arg("runs", "the folder of all runs")

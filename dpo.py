@@ -114,7 +114,7 @@ def train(cfg: Config, policy: Transformer, reference: Transformer, rows: list[d
     optimizer, stream = common.adamw(policy), common.minibatches(cfg.batch, tokens, mask)
     with common.Run(cfg, cfg.out, policy, cfg.steps, ("loss", "margin", "accuracy")) as run:
         for step in run:
-            _, batch, batch_mask = next(stream)  # 1
+            batch, batch_mask = next(stream)  # 1
             logprobs = response_logprobs(policy, batch, batch_mask)  # 2
             with torch.no_grad():
                 ref_logprobs = response_logprobs(reference, batch, batch_mask)

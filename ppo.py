@@ -309,8 +309,8 @@ def trace(
 
     prompt = common.decode(tokens[0, : mask[0].int().argmax()].tolist())
     lines = [f"step {step}   x: {prompt}   A by {cfg.estimator}, β = {cfg.beta}"]
-    R_minus_A = "R − A" if cfg.estimator in ("grpo", "gae") else "baseline"
-    names = "r", "log π", "log π_ref", "kl", "R", R_minus_A, "A", "log π after"
+    rest = "R − A" if cfg.estimator in ("grpo", "gae") else "baseline"
+    names = "r", "log π", "log π_ref", "kl", "R", rest, "A", "log π after"
     lines += [("{:>12}" * 8).format(*names) + "   y"]  # 8 columns of width 12
     columns = batch.reward[:n], old.sum(1), ref.sum(1), batch.kl[:n], R, R - mean(A), mean(A)
     for i, numbers in enumerate(zip(*columns, new.sum(1))):

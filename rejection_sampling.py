@@ -165,7 +165,7 @@ def main(cfg: Config) -> None:
                 count = mask.sum() / math.ceil(len(mask) / cfg.batch)  # mean tokens of a batch
                 optimizer = common.adamw(policy)
                 stream = common.minibatches(cfg.batch, tokens, mask)
-            _, batch, batch_mask = next(stream)
+            batch, batch_mask = next(stream)
             logprobs = common.token_logprobs(policy, batch, batch_mask)
             loss = imitation_loss(logprobs, batch_mask, count)  # 4
             lr = cfg.lr * (1 - step % cfg.steps / cfg.steps)

@@ -22,8 +22,8 @@ and once, after the last step:
 
     python reward_model.py                              makes runs/sft and comparisons first
     python reward_model.py --pairs 2000 --out rm_weak   a weak one, for over-optimisation
-    python reward_model.py --init ppo --comparisons comparisons,comparisons_2 --pairs 40000
-                  --out rm_2          a second round: pairs of ppo's answers beside the old ones
+    python reward_model.py --init ppo --comparisons comparisons,pairs_2 --pairs 40000 --out rm_2
+                                      a second round: pairs of ppo's answers beside the old ones
 
 Look at: held-out accuracy beside its ceiling. Annotators are noisy, so that even the gold
 reward would agree with only `ceiling` of their choices. Both are expectations over the noisy
@@ -96,7 +96,7 @@ def train(cfg: Config, model: Transformer, rows: list[dict]) -> None:
     steps = cfg.epochs * math.ceil(len(rows) / cfg.batch)
     with common.Run(cfg, cfg.out, model, steps, show=("loss", "accuracy")) as run:
         for step in run:
-            _, batch, batch_mask = next(stream)  # 1
+            batch, batch_mask = next(stream)  # 1
             r_chosen, r_rejected = pair_scores(model, batch, batch_mask)  # 2
             loss = bradley_terry_loss(r_chosen, r_rejected, cfg.margin).mean()  # 3
             lr = cfg.lr * (1 - step / steps)

@@ -136,7 +136,7 @@ def train(cfg: Config, out: str, model: Transformer, rows, held, lr: float, step
     optimizer, stream = common.adamw(model), common.minibatches(cfg.batch, tokens, mask)
     with common.Run(cfg, out, model, steps, show=("loss", "held_out_loss")) as run:
         for step in run:
-            _, batch, batch_mask = next(stream)  # 1
+            batch, batch_mask = next(stream)  # 1
             logprobs = common.token_logprobs(model, batch, batch_mask)  # 2
             loss = sft_loss(logprobs, batch_mask, count)  # 3
             now = lr * (1 - step / steps)

@@ -183,7 +183,7 @@ def steps(monkeypatch):
             yield batch
 
     def descend(loss, model, optimizer, lr):
-        gradient, (_, tokens, mask) = world.gradient(loss, model), drawn[-1]
+        gradient, (tokens, mask) = world.gradient(loss, model), drawn[-1]
         found = dict(loss=loss.item(), gradient=gradient, tokens=tokens, mask=mask, lr=lr)
         reached.append(SimpleNamespace(**found))
         return gradient.norm()

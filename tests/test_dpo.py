@@ -472,10 +472,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(diverges, monkeypatch):
     assert "step 2" in diverges(dpo, TINY, "dpo", 3)
 
 
-def test_a_reference_with_a_shorter_context(call, runs, tiny):
+def test_a_reference_with_a_shorter_context(call, runs, tiny, monkeypatch):
     """What fits into the policy's context, and not into the reference's."""
     common.save_model(runs / "short", tiny(3, context=26), {})
+    read, honest = [], common.comparisons
+    monkeypatch.setattr(common, "comparisons", lambda *x: read.append(x[1]) or honest(*x))
     call(dpo, f"{TINY} --ref short --out new")
+    assert read == [26]
 
 
 @pytest.mark.parametrize(

@@ -916,6 +916,27 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
         "tests/test_ppo.py::test_an_update_is_its_slow_replay",
     ),
     (
+        "the reference's shorter context forgotten",
+        "ppo.py",
+        "common.read_prompts(cfg.data, cfg.max_new_tokens, context)",
+        "common.read_prompts(cfg.data, cfg.max_new_tokens, policy.config.context)",
+        "tests/test_ppo.py::test_a_reference_with_a_shorter_context",
+    ),
+    (
+        "the reference's shorter context forgotten",
+        "rejection_sampling.py",
+        "common.read_prompts(cfg.data, cfg.max_new_tokens, context)",
+        "common.read_prompts(cfg.data, cfg.max_new_tokens, policy.config.context)",
+        "tests/test_rejection_sampling.py::test_a_reference_with_a_shorter_context",
+    ),
+    (
+        "the reference's shorter context forgotten",
+        "dpo.py",
+        "common.comparisons(cfg, context, device)",
+        "common.comparisons(cfg, policy.config.context, device)",
+        "tests/test_dpo.py::test_a_reference_with_a_shorter_context",
+    ),
+    (
         "fewer minibatches than --minibatches says",
         "ppo.py",
         "order.tensor_split(cfg.minibatches)",
