@@ -243,12 +243,8 @@ def _token_loop(
             if len(going) == 0:
                 break
             if len(going) < 0.8 * len(rows):  # not at every step: moving the cache costs too
-                rows, cache, new, over = (
-                    rows[going],
-                    cache[:, :, going],
-                    new[going],
-                    over[going],
-                )
+                rows, new, over = rows[going], new[going], over[going]
+                cache = cache[:, :, going]
     return tokens, mask, logprobs
 
 
@@ -650,18 +646,21 @@ def write(path: Path, data: bytes | str) -> None:
         fail(f"{path}: cannot be written ({error.strerror}); what was there before is intact")
 
 
-def read(path: str | Path) -> bytes:
-    """A file that must be there."""
+def read(path: str | Path) -> str:
+    """The text of a file that must be there, in UTF-8."""
+    data = b""
     try:
-        return Path(path).read_bytes()
+        data = Path(path).read_bytes()
+        return data.decode()
     except (OSError, ValueError) as error:
-        fail(f"{path}:0: cannot be read ({error}); name a file that can")
+        line = bool(data) + data.count(b"\n", 0, getattr(error, "start", 0))
+        fail(f"{path}:{line}: cannot be read ({error}); name a file of UTF-8 text")
 
 
-def read_row(line: bytes, keys: tuple[str, ...]) -> dict:
+def read_row(line: str, keys: tuple[str, ...]) -> dict:
     """A line of JSONL as a dict with these keys, all strings. The usual chat formats are taken
     too: `messages`, and lists of turns in place of strings. Any other line raises an error."""
-    row = json.loads(line.decode())
+    row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     if row.get("messages") is not None:
@@ -693,7 +692,7 @@ def read_jsonl(path: str | Path, keys: tuple[str, ...], room: int = 1, context: 
     that cannot be used (empty, chosen = rejected, over the context with `room` more tokens)
     is dropped, and the drops counted."""
     rows, dropped = [], {}
-    for number, line in enumerate(read(path).splitlines(), 1):
+    for number, line in enumerate(read(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

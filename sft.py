@@ -25,9 +25,9 @@ The result, runs/sft, is where RLHF starts, and π_ref, from which every KL is m
 Look at: the loss, which falls to the entropy of mixed human answers and not to 0; the same
 questions put to the base model, which rambles on, and to the SFT model, which answers and
 stops. metrics.csv: `loss` (nats per token: the batch's sum over the mean token count of a
-batch), `held_out_loss` (the same on held-out rows, empty between measurements), `grad_norm`
-(before clipping), `lr`. Pretraining's rate is usually ten times instruction tuning's or more;
-here the model is so small and so briefly trained that both stages use similar rates.
+batch), `held_out_loss` (the mean over held-out rows, every 50 steps), `grad_norm` (before
+clipping), `lr`. Usually tuning has a tenth of pretraining's rate or less; the rates here are
+alike, as model and training are small.
 """
 
 import math
@@ -100,17 +100,6 @@ def raw_text(seed: int, sentences: int = 40_000) -> str:
     return " ".join(text)
 
 
-def read_text(path: str) -> str:
-    """The raw text of --raw, which must be UTF-8 and long enough to learn from."""
-    try:
-        text = common.read(path).decode()
-    except UnicodeDecodeError as error:
-        common.fail(f"{path}:0: byte {error.start} is not UTF-8; save the file as UTF-8")
-    if len(text) < 1000:
-        common.fail(f"{path}:0: {len(text)} characters are too few; give at least 1000")
-    return text
-
-
 def raw_windows(text: str, width: int = 32) -> tuple[Tensor, Tensor]:
     """The text cut into B windows: tokens (B, T), and a mask of all that can be predicted,
     which a window's first token cannot."""
@@ -152,7 +141,9 @@ def train(cfg: Config, out: str, model: Transformer, rows, held, lr: float, step
 def make_base(cfg: Config, device: torch.device) -> None:
     """Next-token prediction on raw text, from random weights, to runs/base."""
     common.say(f"{cfg.runs}/base: next-token prediction on raw text, {cfg.base_steps} steps")
-    text = read_text(cfg.raw) if cfg.raw else raw_text(cfg.seed)
+    text = common.read(cfg.raw) if cfg.raw else raw_text(cfg.seed)
+    if len(text) < 1000:
+        common.fail(f"{cfg.raw}:0: {len(text)} characters are too few; give at least 1000")
     cut = int(len(text) * 0.95)  # the end of the text is held out
     C, heads = cfg.channels, cfg.channels // 32
     widths = dict(channels=C, hidden=C * 11 // 4, heads=heads, kv_heads=heads)

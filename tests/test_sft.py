@@ -404,4 +404,4 @@ def test_a_wrong_command_line_is_refused(refused, flags):
 def test_a_raw_text_that_cannot_be_read_is_refused(refused, tmp_path, content):
     """A text in another encoding, or of a few words, that fails in the middle of training."""
     (tmp_path / "raw.txt").write_bytes(content)
-    assert f"{tmp_path}/raw.txt:0:" in refused(sft, f"--raw {tmp_path}/raw.txt")
+    assert re.search(f"{tmp_path}/raw.txt:[01]:", refused(sft, f"--raw {tmp_path}/raw.txt"))

@@ -344,7 +344,7 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
     (
         "--raw ignored",
         "sft.py",
-        "text = read_text(cfg.raw) if cfg.raw else raw_text(cfg.seed)",
+        "text = common.read(cfg.raw) if cfg.raw else raw_text(cfg.seed)",
         "text = raw_text(cfg.seed)",
         "tests/test_sft.py::test_the_base_model_by_hand",
     ),
