@@ -2,24 +2,19 @@
 
     J(π) = E[r(x, y)] − β KL(π ‖ π_ref),      x ~ prompts, y ~ π(·|x)        eq:rlhf_opt_eq
 
-    symbol         here                         made by
-    x (s_t)        prompts                      common.read_prompts
-    y (a_t)        tokens where response_mask   common.generate: one fused batch, M × N rows
-    r(x, y), r_θ   reward                       common.load_reward: the reward model's score
-    π (π^RL)       policy, logprobs             common.token_logprobs
-    π_ref          reference, ref_logprobs      the same function, frozen weights
-    KL, β          kl (nats), cfg.beta          response_return: Σ_t log π − log π_ref
-    R              returns                      response_return: a one-sample estimate of J
-    V(x)           values                       common.token_values: before y (gae: before y_t)
-    A              advantages                   estimate_advantages
-    J              J = reward − β kl            logged, with reward and kl, every step
-
-A step of the algorithm, numbered as in the code:
-    1  sample N answers to each of M prompts           collect
-    2  log π, log π_ref, r and V, one pass each        collect
-    3  R = r − β Σ_t (log π − log π_ref)               collect → response_return
-    4  A = R − baseline                                estimate_advantages
-    5  K epochs of clipped updates                     update → policy_loss, value_loss
+A step of the algorithm, numbered as in the code (1, 2 and 3 are `collect`), symbol by symbol:
+       symbol                 here                        made by
+    1  x (s_t), M prompts     prompts                     common.read_prompts
+       y (a_t), N for each x  tokens where response_mask  common.generate: one fused batch
+    2  π (π^RL)               policy, logprobs            common.token_logprobs: one pass
+       π_ref                  reference, ref_logprobs     the same function, frozen weights
+       r(x, y), r_θ           reward                      common.load_reward: a reward model
+       V(x), or V(s_t)        values                      common.token_values: before y, or y_t
+    3  KL, β                  kl (nats), cfg.beta         Σ_t log π − log π_ref
+       R = r − β KL           returns                     response_return: one sample of J
+    4  A = R − baseline       advantages                  estimate_advantages
+    5  K epochs of clipped updates of π and V             update → policy_loss, value_loss
+       J                      J = reward − β kl           logged, with reward and kl
 
 Three places differ from standard RL, eq:rl_opt (chapter "Training Overview"):
     [a] a reward model in place of a reward function;
@@ -81,13 +76,10 @@ class Config:
 def response_return(
     score: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """A one-sample estimate of J per row, and the KL in it: (returns, kl), both (B,).
-
-    score (B,) is r(x, y); log-probs and mask are (B, T). The mean of kl, in nats, over y ~ π
-    is KL(π ‖ π_ref) exactly (eq:kl_expectation; the estimator is called k1). Both are detached
-    although kl depends on π: what is left out, −β E[∇ log π(y|x)], is 0.
-    """
-    # KL = E_y[Σ_t log π(y_t | x, y_<t) − log π_ref(y_t | x, y_<t)]
+    """One-sample estimates, per row, of J and of the KL in it: (returns, kl), both (B,).
+    score (B,) is r(x, y); log-probs and mask are (B, T); kl is in nats, and known as k1. Both
+    are detached although kl depends on π: what is left out, −β E[∇ log π(y|x)], is 0."""
+    # KL = E_y[Σ_t log π(y_t | x, y_<t) − log π_ref(y_t | x, y_<t)]           eq:kl_expectation
     kl = ((logprobs - ref_logprobs) * response_mask).sum(1)
     # R = r(x, y) − β Σ_t (log π − log π_ref)                                 eq:rlhf_opt_eq
     return (score - beta * kl).detach(), kl.detach()
@@ -112,11 +104,8 @@ def rloo(returns: Tensor, n: int) -> Tensor:
 
 def grpo(returns: Tensor, n: int) -> Tensor:
     """Group-normalised advantages (B,); equal returns give exactly 0. eq:GRPO_ADV
-
-    Not gradient ascent on J: dividing by std gives every prompt the same weight. With n = 2
-    only the order of the two returns counts: without ties the gradient is twice that of
-    P(R of π > R of π_old).
-    """
+    Not gradient ascent on J: dividing by std gives every prompt the same weight, and of n = 2
+    returns only the order counts."""
     # A_i = (R_i − mean R) / std R
     groups = returns.view(-1, n)
     groups = groups - groups[:, :1]  # an equal group becomes exact zeros, not rounding
@@ -129,9 +118,7 @@ def gae(
     rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation, all (B, T) -> (advantages, value targets), (B, T).
-
-    values[:, t] is V of what stands before token t; after the response V = 0. eq:GAE_DFN
-    """
+    values[:, t] is V of what stands before token t; after the response V = 0. eq:GAE_DFN"""
     values = values * response_mask
     advantages, next_value, next_advantage = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(values.shape[1])):
@@ -150,14 +137,11 @@ def policy_loss(
     clip: float,
 ) -> Tensor:
     """The clipped surrogate, per token, to be descended: (B, T) each -> (). A may be (B, 1).
-
-    Summed over a response's tokens and averaged over responses; eq:PPO_EQN_EXPANDED divides
-    by |a| too. At ratio 1 the gradient is REINFORCE's with a baseline
-    (eq:REINFORCE_with_baseline): its mean over y ~ π is −∇J, unless A is biased, as with
-    `grpo`, or λ < 1 and an inexact V. The whole response is one action, yet ρ is per token:
-    the product of ten token ratios soon leaves 1 ± ε. At ρ = 1 both ratios give the same
-    gradient (section "MDP vs. Bandit Framing").
-    """
+    Summed over a response's tokens, averaged over responses: eq:PPO_EQN_EXPANDED without its
+    1/|a|. At ρ = 1 the gradient is eq:REINFORCE_with_baseline: its mean over y ~ π is −∇J,
+    unless A is biased, as with `grpo`, or λ < 1 and an inexact V. The whole response is one
+    action (section "MDP vs. Bandit Framing"), yet ρ is per token: at ρ = 1 the gradient is
+    the same, and the product of ten token ratios would soon leave 1 ± ε."""
     # ρ_t = π(y_t | x, y_<t) / π_old(y_t | x, y_<t)                           eq:PPO_POL_RATIO
     ratio = (logprobs - old_logprobs).exp()
     # L = − mean_y Σ_t min(ρ_t A, clip(ρ_t, 1−ε, 1+ε) A)
@@ -206,26 +190,24 @@ def collect(cfg: Config, prompts: list[str], policy, reference, critic, reward) 
     # 2. log π(y|x), log π_ref(y|x), r(x, y), V: one batched pass each
     logprobs = common.token_logprobs(policy, tokens, mask)
     ref_logprobs = common.token_logprobs(reference, tokens, mask)
-    scores = reward(asked, rollout)  # [a] a model of what people prefer
+    r = reward(asked, rollout)  # [a] a model of what people prefer
     value_mask = mask if cfg.estimator == "gae" else mask & (mask.cumsum(1) == 1)
     values = common.token_values(critic, tokens, value_mask) if critic else 0 * logprobs
     # 3. [c] one number for the whole response
-    returns, kl = response_return(scores, logprobs, ref_logprobs, mask, cfg.beta)
+    returns, kl = response_return(r, logprobs, ref_logprobs, mask, cfg.beta)
     answers = zip(asked, common.completions(rollout), finished.tolist())
     gold = [common.gold_reward(*answer) for answer in answers]
     row = {
-        "reward": scores.mean(),  # mean r(x, y)
+        "reward": r.mean(),  # mean r(x, y)
         "kl": kl.mean(),  # mean Σ_t log π − log π_ref: KL(π ‖ π_ref), nats per response
-        "J": scores.mean() - cfg.beta * kl.mean(),  # the objective
+        "J": r.mean() - cfg.beta * kl.mean(),  # the objective
         "gold": sum(gold) / len(gold),  # the annotators' true reward; no loss uses it
         "length": mask.sum(1).float().mean(),  # tokens per response, EOS included
         "finished": finished.float().mean(),  # share that ended with EOS
         "entropy": -logprobs.sum() / mask.sum(),  # mean −log π, nats per token
         "sampler_gap": (logprobs - rollout.logprobs).abs().max(),  # sampling against scoring
     }
-    return Batch(
-        tokens, mask, logprobs, ref_logprobs, scores, returns, kl, value_mask, values, row
-    )
+    return Batch(tokens, mask, logprobs, ref_logprobs, r, returns, kl, value_mask, values, row)
 
 
 def estimate_advantages(estimator: str, cfg: Config, batch: Batch) -> Tensor:
@@ -254,13 +236,9 @@ def estimate_advantages(estimator: str, cfg: Config, batch: Batch) -> Tensor:
 def update(
     cfg: Config, batch: Batch, advantages: Tensor, policy, critic, optimizers, lr: float
 ) -> dict:
-    """Step 5: K epochs of clipped minibatch updates. In the first update ρ = 1 and the
-    gradient is REINFORCE's, with A; with K = 1 and one minibatch it is the only update.
-
-    Returns the other columns of metrics.csv, means over the updates: `policy_loss`,
-    `value_loss`; `grad_norm` of the policy, before gradient clipping; `clipped`, the share of
-    response tokens whose gradient the clip turned off. And `ratio_max`, the largest ρ of any
-    update; `start_ratio`, the largest ρ or 1/ρ in the first, which must be 1; `lr`."""
+    """Step 5: K epochs of clipped minibatch updates. Returns the other columns of metrics.csv,
+    means over the updates. In the first ρ = 1 and the gradient is REINFORCE's, with A; with
+    K = 1 and one minibatch there is no other."""
     targets = advantages + batch.values  # value: R, at the first token; gae: A_t + V(s_t)
     steps = []
     for _ in range(cfg.epochs):
@@ -272,52 +250,44 @@ def update(
             ratio = (logprobs.detach() - old).exp()
             loss = policy_loss(logprobs, old, A, mask, cfg.clip)
             norm = common.descend(loss, policy, optimizers[0], lr)
-            step = {"policy_loss": loss.detach(), "grad_norm": norm}
+            step = {"policy_loss": loss.detach(), "grad_norm": norm}  # before clipping
+            # share of response tokens whose gradient the clip turned off
+            step["clipped"] = (is_clipped(ratio, A, cfg.clip) & mask).sum() / mask.sum()
+            step["ratio_max"] = ratio.max()
+            step["start_ratio"] = torch.maximum(ratio, 1 / ratio).max()
             if critic:
                 values = common.token_values(critic, tokens, value_mask)
                 loss = value_loss(values, targets[rows], value_mask)
                 common.descend(loss, critic, optimizers[1], lr)
                 step["value_loss"] = loss.detach()
-            step["clipped"] = (is_clipped(ratio, A, cfg.clip) & mask).sum() / mask.sum()
-            step["ratio_max"] = ratio.max()
-            step["start_ratio"] = torch.maximum(ratio, 1 / ratio).max()
             steps.append(step)
     columns = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}
     row = {"value_loss": None} | {key: column.mean() for key, column in columns.items()}
-    row["ratio_max"] = columns["ratio_max"].max()
-    row["start_ratio"] = columns["start_ratio"][0]
+    row["ratio_max"] = columns["ratio_max"].max()  # the largest ρ of any update
+    row["start_ratio"] = columns["start_ratio"][0]  # ρ or 1/ρ in the first: must be 1
     return row | {"lr": lr}
 
 
-# ----------------------------------------------------------------------------------- trace
-
-
 @torch.no_grad()
-def trace(
-    cfg: Config, step: int, batch: Batch, advantages: Tensor, policy, row: dict[str, float]
-) -> str:
-    """The first prompt of a batch followed through the step, with the tensors of its update:
+def trace(cfg: Config, step: int, x: str, batch: Batch, advantages: Tensor, policy) -> str:
+    """The first prompt x of a batch followed through the step, with the tensors of its update:
     its N answers; the one with the largest |A| token by token; every estimator's A of the
     same returns; and J, as in metrics.csv."""
     n, mask = cfg.samples, batch.response_mask[: cfg.samples]
     tokens, A, R = batch.tokens[:n], advantages[:n].expand_as(mask), batch.returns[:n]
-    old, ref = batch.logprobs[:n], batch.ref_logprobs[:n]
+    r, kl, old, ref = batch.reward[:n], batch.kl[:n], batch.logprobs[:n], batch.ref_logprobs[:n]
     new = common.token_logprobs(policy, tokens, mask)
+    mean_A = (A * mask).sum(1) / mask.sum(1)  # gae has an A for every token
 
-    def mean(values: Tensor) -> Tensor:  # over a response: gae has an A for every token
-        return (values * mask).sum(1) / mask.sum(1)
-
-    prompt = common.decode(tokens[0, : mask[0].int().argmax()].tolist())
-    lines = [f"step {step}   x: {prompt}   A by {cfg.estimator}, β = {cfg.beta}"]
+    lines = [f"step {step}   x: {x}   A by {cfg.estimator}, β = {cfg.beta}"]
     rest = "R − A" if cfg.estimator in ("grpo", "gae") else "baseline"
     names = "r", "log π", "log π_ref", "kl", "R", rest, "A", "log π after"
     lines += [("{:>12}" * 8).format(*names) + "   y"]  # 8 columns of width 12
-    columns = batch.reward[:n], old.sum(1), ref.sum(1), batch.kl[:n], R, R - mean(A), mean(A)
-    for i, numbers in enumerate(zip(*columns, new.sum(1))):
-        answer = common.decode(tokens[i][mask[i]].tolist())
+    columns = r, old.sum(1), ref.sum(1), kl, R, R - mean_A, mean_A, new.sum(1)
+    for *numbers, answer in zip(*columns, common.completions(batch)):
         lines += [("{:12.2f}" * 8).format(*numbers) + f"   {answer!r}"]
 
-    i = int(mean(A).abs().argmax())
+    i = int(mean_A.abs().argmax())
     ratio = (new - old).exp()
     off = is_clipped(ratio, A, cfg.clip)
     lines += ["", ("{:>12}" * 4).format("log π", "log π_ref", "A", "ρ after") + "   y_t"]
@@ -334,15 +304,12 @@ def trace(
         elif name in ("value", "gae") and cfg.estimator not in (name, "gae"):
             text = "needs a V that this run does not train"
         else:
-            other = estimate_advantages(name, cfg, batch)[:n].expand_as(mask)
-            text = ("{:12.2f}" * n).format(*mean(other))
+            other = (estimate_advantages(name, cfg, batch)[:n] * mask).sum(1) / mask.sum(1)
+            text = ("{:12.2f}" * n).format(*other)
         lines += [f"A by {name:10s}{text}"]
-    sums = f"{row['J']:.3f} = {row['reward']:.3f} − {cfg.beta} × {row['kl']:.3f}"
+    sums = "{J:.3f} = {reward:.3f} − {beta} × {kl:.3f}".format(**batch.row, beta=cfg.beta)
     lines += [f"J = reward − β kl = mean R over the batch: {sums} = {batch.returns.mean():.3f}"]
     return "\n".join(lines) + "\n"
-
-
-# ------------------------------------------------------------------------------------ main
 
 
 def check_start(cfg: Config, row: dict[str, float]) -> None:
@@ -388,7 +355,7 @@ def main(cfg: Config) -> None:
             if step == 0:
                 check_start(cfg, row)
             if step % 20 == 0 or step + 1 == cfg.steps:
-                traces.append(trace(cfg, step, batch, advantages, policy, row))
+                traces.append(trace(cfg, step, asked[0], batch, advantages, policy))
     common.write(run.folder / "trace.txt", "\n".join(traces))
     common.say("\n" + traces[-1])
     common.closing_table(cfg, [cfg.ref, cfg.init, cfg.out], reward, cfg.reward, held, device)

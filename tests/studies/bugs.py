@@ -139,8 +139,8 @@ FORMULAS = [  # a formula is wrong
     (
         "unfinished answers score 0",
         "ppo.py",
-        "scores = reward(asked, rollout)",
-        "scores = reward(asked, rollout) * rollout.finished",
+        "r = reward(asked, rollout)",
+        "r = reward(asked, rollout) * rollout.finished",
         "tests/test_ppo.py::test_a_rollout_by_hand",
     ),
     (
@@ -862,8 +862,8 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
     (
         "J with the wrong sign of β",
         "ppo.py",
-        '"J": scores.mean() - cfg.beta * kl.mean()',
-        '"J": scores.mean() + cfg.beta * kl.mean()',
+        '"J": r.mean() - cfg.beta * kl.mean()',
+        '"J": r.mean() + cfg.beta * kl.mean()',
         "tests/test_ppo.py::test_a_rollout_by_hand",
     ),
     (
@@ -1002,15 +1002,15 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
     (
         "trace: its answer is not that of the largest |A|",
         "ppo.py",
-        "i = int(mean(A).abs().argmax())",
-        "i = int(mean(A).argmax())",
+        "i = int(mean_A.abs().argmax())",
+        "i = int(mean_A.argmax())",
         "tests/test_ppo.py::test_trace_shows_the_numbers_of_the_update",
     ),
     (
         "trace: other estimators with this run's",
         "ppo.py",
-        "other = estimate_advantages(name, cfg, batch)",
-        "other = estimate_advantages(cfg.estimator, cfg, batch)",
+        "other = (estimate_advantages(name, cfg, batch)",
+        "other = (estimate_advantages(cfg.estimator, cfg, batch)",
         "tests/test_ppo.py::test_trace_shows_the_numbers_of_the_update",
     ),
     (
@@ -1030,8 +1030,8 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
     (
         "trace: kl of tokens, not masked rows",
         "ppo.py",
-        "old.sum(1), ref.sum(1), batch.kl[:n]",
-        "old.sum(1), ref.sum(1), batch.kl[-n:]",
+        "r, kl, old, ref = batch.reward[:n], batch.kl[:n]",
+        "r, kl, old, ref = batch.reward[:n], batch.kl[-n:]",
         "tests/test_ppo.py::test_trace_shows_the_numbers_of_the_update",
     ),
     (
