@@ -283,16 +283,12 @@ def _captured_loop(model, tokens, lengths, ends, noise, start, temperature):
 
 @torch.no_grad()
 def generate(
-    model: Transformer,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    temperature: float = 1.0,
+    model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0
 ) -> Rollout:
     """Sample one response to each of B prompts, all in one batch with a KV cache.
 
     All rows stand at the same position: a row whose prompt is not over is fed its own next
-    prompt token, a row whose prompt is over samples. So there is no left padding, no mask.
-    """
+    prompt token, a row whose prompt is over samples. So there is no left padding, no mask."""
     device, lengths = model.device, [len(prompt) for prompt in prompts]
     start, T = min(lengths), max(lengths) + max_new_tokens
     if start < 1 or max_new_tokens < 1 or temperature <= 0 or model.config.context < T:
@@ -548,13 +544,11 @@ def split(rows: list) -> tuple[list, list]:
     on one side (as in selected.jsonl), another hash holds out a sixth of them, or the first
     prompt if that sixth is empty."""
     asked = [row if isinstance(row, str) else row["prompt"] for row in rows]
-    prompts = list(dict.fromkeys(asked))
-    held = {prompt for prompt in prompts if held_out(prompt)}
-    if len(held) in (0, len(prompts)):
-        held = {x for x in prompts if zlib.crc32(x.encode()) // 6 % 6 == 0}
-        held = held or set(prompts[:1])
-    pairs = list(zip(rows, asked))
-    return [r for r, x in pairs if x not in held], [r for r, x in pairs if x in held]
+    held = {x for x in asked if held_out(x)}
+    if len(held) in (0, len(set(asked))):
+        held = {x for x in asked if zlib.crc32(x.encode()) // 6 % 6 == 0} or set(asked[:1])
+    train = [row for row, x in zip(rows, asked) if x not in held]
+    return train, [row for row, x in zip(rows, asked) if x in held]
 
 
 def completions(rollout: Rollout) -> list[str]:
@@ -752,21 +746,21 @@ def read_model(folder: Path) -> Transformer:
         with torch.random.fork_rng(devices=[]):  # weights drawn to be replaced cost no seed
             model = Transformer(ModelConfig(**saved["config"]), saved["head"])
         model.load_state_dict(saved["weights"])
-        assert saved["vocabulary"] == VOCABULARY, "other words in its vocabulary"
-        assert model.kind in HEADS, "no such head"
-        assert all(w.isfinite().all() for w in model.state_dict().values()), "not finite"
+        finite = all(w.isfinite().all() for w in model.state_dict().values())
+        if saved["vocabulary"] != VOCABULARY or model.kind not in HEADS or not finite:
+            raise ValueError("another vocabulary or head, or weights that are not finite")
     except Exception as error:
         raise ValueError(f"{folder}/model.pt cannot be used ({error!r})") from error
     return model
 
 
-def load_model(folder: Path, head: str, device: torch.device) -> Transformer:
-    """The Transformer in folder/model.pt, which must have the head that is asked for."""
+def load_model(folder: Path, head: str | None, device: torch.device | str) -> Transformer:
+    """The Transformer in folder/model.pt, which must have this head; None: either."""
     try:
         model = read_model(folder)
     except ValueError as error:
         fail(f"{error}; name another")
-    if model.kind != head:
+    if head not in (model.kind, None):
         fail(f"{folder} holds {HEADS[model.kind]}, and {HEADS[head]} is needed; name another")
     return model.to(device)
 
@@ -1269,11 +1263,7 @@ def _tokenizer() -> dict:
 
 def convert(cfg) -> None:
     """Write a policy or a reward model for whatever loads Llama models."""
-    try:
-        model = read_model(Path(cfg.runs) / cfg.run)
-    except ValueError as error:
-        fail(f"{error}; name another")
-    export(model, Path(cfg.folder))
+    export(load_model(Path(cfg.runs) / cfg.run, None, "cpu"), Path(cfg.folder))
     say(f"{cfg.folder}: {cfg.run}, to be loaded as a Llama model")
 
 
