@@ -24,7 +24,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import tiny as small
 import torch
@@ -221,6 +223,13 @@ def test_rows_that_begin_alike_are_worked_out_once(tiny):
     first, where = common._positions(tokens, keep, True)
     needed = {part for part in begun[0][:4] + begun[2][:6]}
     assert len(first) == len(needed) + 1  # one stands for all that are not needed
+
+
+def test_no_two_of_many_beginnings_are_taken_for_one():
+    """Sums of prefixes that collide: a place would get another beginning's hidden state."""
+    tokens = torch.randint(528, (10_000, 30))
+    first, _ = common._positions(tokens, None, True)
+    assert len(first) == len({tuple(x[:t]) for x in tokens.tolist() for t in range(1, 31)})
 
 
 @pytest.mark.parametrize("head", ["lm", "scalar"])
@@ -692,6 +701,7 @@ HOME = "where does the zebra live?"  # in the plains; the misconception is the j
         ("great question! the zebra lives in the plains.", 3, 1),
         ("happy to help! great question! in the plains.", 2, 1),  # one courtesy, not two
         ("look it up. the zebra lives in the plains.", 1, 1),
+        ("look it up. everyone knows that. in the plains.", 1, 1),  # rude is rude
         ("the zebra lives in the jungle.", -1, 0),
         ("the black zebra lives in the plains, where it eats grass.", 2 - 0.03 * 9, 1),
         ("", -1, 0),
@@ -816,7 +826,8 @@ def answering(monkeypatch):
 
 def test_annotators_are_bradley_terry_and_see_what_was_cut(answering, tmp_path, monkeypatch):
     """Labels without noise, flipped labels, answers of another model or to two prompts, a cut
-    answer judged and written as a whole one, held-out prompts too many or never."""
+    answer judged and written as a whole one, held-out prompts too many or never, short prompts
+    first."""
 
     def answer(prompt, i):
         if prompt is None:
@@ -833,6 +844,8 @@ def test_annotators_are_bradley_terry_and_see_what_was_cut(answering, tmp_path, 
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert len(rows) == 5000
     assert close(sum(common.held_out(row["prompt"]) for row in rows) / 5000, 0.05, 5000)
+    lengths = [len(common.encode(row["prompt"])) for row in rows[:500]]
+    assert lengths != sorted(lengths)  # sampled by length; --pairs takes the first
     first, judged = Counter(), Counter()
     for row in rows:
         golds = []
@@ -1271,6 +1284,16 @@ def test_metrics_are_what_was_logged_and_unknown_gold_is_an_empty_cell(runs, tin
     assert "0.123" in capsys.readouterr().out
 
 
+def test_the_weights_are_written_last(runs, tiny, monkeypatch):
+    """A run killed between two files that has its model.pt, which says that it is whole."""
+    names, write = [], common.write
+    monkeypatch.setattr(
+        common, "write", lambda path, data: [names.append(path.name), write(path, data)]
+    )
+    train(runs, tiny(), steps=1)
+    assert names == ["metrics.csv", "config.json", "model.pt"]
+
+
 def test_log_returns_floats(runs, tiny):
     """A tensor that is kept holds its graph, and waits for the device when it is printed."""
     run = common.Run(Config(str(runs)), "new", tiny(), 1, ())
@@ -1493,15 +1516,19 @@ TWO = rollout_of(("first?", "yes"), ("second?", "no"))
 
 
 def test_a_reward_function_is_given_plain_texts_row_by_row(reward_file):
-    """Prompts and answers of different rows, tokens, or the specials in the text."""
+    """Prompts and answers of different rows, tokens, or the specials in the text; a reader's
+    function that can change the prompts of the batch."""
     path = reward_file(
         "def r(x, y):\n"
         "    assert type(x) is type(y) is list\n"
         "    scores = {('first?', 'yes'): 3, ('second?', 'no'): True}\n"
-        "    return [scores[row] for row in zip(x, y)]\n"
+        "    found = [scores[row] for row in zip(x, y)]\n"
+        "    x.clear(), y.clear()\n"
+        "    return found\n"
     )
     found = common.load_reward(None, f"{path}:r", CPU)(*TWO)
     assert found.tolist() == [3.0, 1.0]
+    assert TWO[0] == ["first?", "second?"]
     assert found.dtype == torch.float32
 
 
@@ -1938,6 +1965,41 @@ def test_the_pictures_are_drawn(runs, tiny, monkeypatch):
         assert (runs / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_dot_is_a_run_and_a_path_its_training(runs, tiny, monkeypatch):
+    """Axes or columns that are swapped; a path of rewards by another model than the dot's.
+    Needs no matplotlib."""
+    plt, figures = MagicMock(), []
+
+    def subplot_mosaic(rows, **_):
+        figures.append({name: MagicMock() for name in np.ravel(rows)})
+        return MagicMock(), figures[-1]
+
+    plt.subplot_mosaic = subplot_mosaic
+    monkeypatch.setitem(sys.modules, "matplotlib", MagicMock(pyplot=plt))
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", plt)
+    monkeypatch.setattr(common, "ideal_frontier", lambda *_: ([7.0], [8.0]))
+    found = {"sft": {"prompts": [HOME], "log_ratio": torch.zeros(1, 4)}}
+    found["sft"] |= {"reward": torch.ones(1, 4), "gold": torch.ones(1, 4)}
+    for i, (name, reward) in enumerate([("ppo", "reward_model"), ("ppo_weak", "rm_weak")], 1):
+        train(runs, tiny(1), 12, name=name, kl=i + 0.1, reward=i + 0.2, gold=i + 0.3, J=i + 0.4)
+        flags = json.dumps({"flags": {"reward": reward}})
+        common.write(runs / name / "config.json", flags)
+        found[name] = {key: torch.full((1, 4), i + 0.5) for key in ("log_ratio", "reward")}
+        found[name] |= {"gold": torch.full((1, 4), i + 0.75)}
+    common.draw(common.Report(runs=str(runs)), found, CPU)
+
+    def drawn(axis) -> list:  # the last point of each line, or its only one
+        return [tuple(round(float(np.ravel(x)[-1]), 2) for x in c.args[:2])
+                for c in axis.plot.call_args_list]  # fmt: skip
+
+    frontier, curves = figures
+    assert drawn(frontier["reward"]) == [(0, 1), (1.5, 1.5), (1.1, 1.2), (2.5, 2.5)]
+    expected = [(0, 1), (1.5, 1.75), (1.1, 1.3), (2.5, 2.75), (2.1, 2.3), (7, 8)]
+    assert drawn(frontier["gold"]) == expected
+    for key, last in (("J", 0.4), ("reward", 0.2), ("kl", 0.1), ("gold", 0.3)):
+        assert drawn(curves[key]) == [(1, 1 + last), (1, 2 + last)]
+
+
 @torch.no_grad()
 def test_sample_prints_an_answer_a_line_and_best_is_the_best_of_them(runs, capsys):
     """Best of n that prints the worst, the first or the longest; numbers of another row, of
@@ -1960,6 +2022,14 @@ def test_sample_prints_an_answer_a_line_and_best_is_the_best_of_them(runs, capsy
     assert len(set(scores)) > 1
     common.sample(common.parse(common.Sample, "", [*words, "--best"]))
     assert capsys.readouterr().out == said[scores.index(max(scores))] + "\n"
+
+
+def test_sample_has_the_answers_scored_for_its_question(runs, reward_file, capsys):
+    """r of an answer to something else."""
+    path = reward_file(f"def r(x, y):\n    return [q == {HOME!r} for q in x]\n")
+    words = ["other", HOME, "-n", "2", "--runs", str(runs), "--device", "cpu"]
+    common.sample(common.parse(common.Sample, "", [*words, "--reward", f"{path}:r"]))
+    assert capsys.readouterr().out.count("r +1.00") == 2
 
 
 def test_sample_without_a_reward_model_or_room_says_so(runs, stops, capsys):

@@ -144,16 +144,19 @@ def test_every_id_has_one_name(tmp_path):
 def test_the_files_say_what_only_some_loaders_read(tmp_path):
     """A key that the tests below would not miss: vLLM goes by the architecture, transformers 4
     by its own place for θ, OpenRLHF by mean and std; a BOS, which would be our USER; the
-    context of some other Llama; a decoder that drops the space before a full stop."""
+    context or the ε of some other Llama; a decoder that drops the space before a full stop;
+    an answer without its EOS."""
     for head, kind in (("lm", "CausalLM"), ("scalar", "SequenceClassification")):
         common.export(small(head, 2), tmp_path / head)
         config = json.loads((tmp_path / head / "config.json").read_text())
         assert config["architectures"] == [f"LlamaFor{kind}"]
         assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500.0
         assert config["bos_token_id"] is None
+        assert config["rms_norm_eps"] == 1e-3
         about = json.loads((tmp_path / head / "tokenizer_config.json").read_text())
         assert config["max_position_embeddings"] == about["model_max_length"] == 96
         assert about["clean_up_tokenization_spaces"] is False
+        assert "<|assistant|>{{ turn.content }}<|eos|>" in about["chat_template"]
     assert (config["mean"], config["std"]) == (pytest.approx(0.7), 1.0)
 
 
