@@ -1523,7 +1523,7 @@ def test_a_reward_function_is_given_plain_texts_row_by_row(reward_file):
         "    assert type(x) is type(y) is list\n"
         "    scores = {('first?', 'yes'): 3, ('second?', 'no'): True}\n"
         "    found = [scores[row] for row in zip(x, y)]\n"
-        "    x.clear(), y.clear()\n"
+        "    x.clear()\n"
         "    return found\n"
     )
     found = common.load_reward(None, f"{path}:r", CPU)(*TWO)

@@ -220,6 +220,13 @@ FORMULAS = [  # a formula is wrong
         "            advantages = advantages - advantages.mean()\n            lr = cfg.lr * (1",
         "tests/test_ppo.py::test_trace_shows_the_numbers_of_the_update",
     ),
+    (
+        "rudeness counted each time",
+        "common.py",
+        "gold -= any(rude in completion",
+        "gold -= sum(rude in completion",
+        "tests/test_common.py::test_gold_reward_on_hand_made_answers",
+    ),
 ]
 WIRING = [  # the formula is right, and gets or gives the wrong thing
     (
@@ -1103,6 +1110,76 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
         "        torch.nn.init.zeros_(critic.scalar.weight)\n",
         "        torch.nn.init.zeros_(critic.scalar.weight)\n        critic.blocks = policy.blocks\n",
         "tests/test_ppo.py::test_a_run_starts_at_no_kl_and_repeats_itself",
+    ),
+    (
+        "prefix sums of few random bits",
+        "common.py",
+        "integers(2**62, size=T)",
+        "integers(2**16, size=T)",
+        "tests/test_common.py::test_no_two_of_many_beginnings_are_taken_for_one",
+    ),
+    (
+        "comparisons stay in the order of length",
+        "common.py",
+        "    random.shuffle(lines)  # they were sampled by length\n",
+        "",
+        "tests/test_common.py::test_annotators_are_bradley_terry_and_see_what_was_cut",
+    ),
+    (
+        "model.pt is written before the files about it",
+        "common.py",
+        '    for name, text in (about or {}).items():\n        write(folder / name, text)\n    write(folder / "model.pt", buffer.getvalue())\n',
+        '    write(folder / "model.pt", buffer.getvalue())\n    for name, text in (about or {}).items():\n        write(folder / name, text)\n',
+        "tests/test_common.py::test_the_weights_are_written_last",
+    ),
+    (
+        "a reader's reward can change the prompts",
+        "common.py",
+        "function(list(prompts), list(texts))",
+        "function(prompts, texts)",
+        "tests/test_common.py::test_a_reward_function_is_given_plain_texts_row_by_row",
+    ),
+    (
+        "picture: paths of other rewards",
+        "common.py",
+        'same = key == "gold" or flags.get("reward") == cfg.reward',
+        "same = True",
+        "tests/test_common.py::test_a_dot_is_a_run_and_a_path_its_training",
+    ),
+    (
+        "picture: axes swapped",
+        "common.py",
+        'x, y = run["log_ratio"].mean().item(), run[key].mean().item()',
+        'y, x = run["log_ratio"].mean().item(), run[key].mean().item()',
+        "tests/test_common.py::test_a_dot_is_a_run_and_a_path_its_training",
+    ),
+    (
+        "picture: a path's kl is its reward",
+        "common.py",
+        'axis.plot(path["kl"], path[key], alpha',
+        'axis.plot(path["reward"], path[key], alpha',
+        "tests/test_common.py::test_a_dot_is_a_run_and_a_path_its_training",
+    ),
+    (
+        "sample: r of an answer to something else",
+        "common.py",
+        "reward([cfg.question] * cfg.n, rollout)",
+        "reward([cfg.run] * cfg.n, rollout)",
+        "tests/test_common.py::test_sample_has_the_answers_scored_for_its_question",
+    ),
+    (
+        "export: an answer without its EOS",
+        "common.py",
+        "<|assistant|>{{ turn.content }}<|eos|>",
+        "<|assistant|>{{ turn.content }}",
+        "tests/test_export.py::test_the_files_say_what_only_some_loaders_read",
+    ),
+    (
+        "export: ε of another Llama",
+        "common.py",
+        "rms_norm_eps=c.norm_eps",
+        "rms_norm_eps=1e-6",
+        "tests/test_export.py::test_the_files_say_what_only_some_loaders_read",
     ),
 ]
 WORLD = [  # only the exact tests, in the enumerable world, can see these
