@@ -2,27 +2,29 @@
 
     J(π) = E[r(x, y)] − β KL(π ‖ π_ref),      x ~ prompts, y ~ π(·|x)        eq:rlhf_opt_eq
 
-A step of the algorithm, numbered as in the code (1, 2 and 3 are `collect`), symbol by symbol:
+A step of the algorithm, numbered as in the code, symbol by symbol:
        symbol                 here                        made by
-    1  x (s_t), M prompts     prompts                     common.read_prompts
+    1  x (s_t), M prompts     prompts                     common.read_prompts, shuffled
        y (a_t), N for each x  tokens where response_mask  common.generate: one fused batch
     2  π (π^RL)               policy, logprobs            common.token_logprobs: one pass
        π_ref                  reference, ref_logprobs     the same function, frozen weights
        r(x, y), r_θ           reward                      common.load_reward: a reward model
-       V(x), or V(s_t)        values                      common.token_values: before y, or y_t
-    3  KL, β                  kl (nats), cfg.beta         Σ_t log π − log π_ref
-       R = r − β KL           returns                     response_return: one sample of J
+       V(x); gae: V(x, y_<t)  values                      common.token_values: before y; y_t
+    3  KL = E[kl], β          kl (nats), cfg.beta         Σ_t (log π − log π_ref)
+       R = r − β kl           returns                     response_return
+       J = E[R]               J = reward − β kl           collect: means over the batch
     4  A = R − baseline       advantages                  estimate_advantages
-    5  K epochs of clipped updates of π and V             update → policy_loss, value_loss
-       J                      J = reward − β kl           logged, with reward and kl
+    5  ρ_t = π / π_old, ε     ratio, cfg.clip             update → policy_loss, value_loss:
+       π_old                  old_logprobs                K epochs of clipped updates
 
-Three places differ from standard RL, eq:rl_opt (chapter "Training Overview"):
+Three places differ from standard RL, eq:rl_opt (chapter "Training Overview"); `gae` keeps its
+view, token by token:
     [a] a reward model in place of a reward function;
     [b] no state transitions: the prompt is the state, a whole completion is the action;
     [c] one reward for the whole response, and no γ: eq:rl_opt_int.
 
 The book's algorithms (chapter "Reinforcement Learning"), and what differs here:
-    REINFORCE   --estimator reinforce --epochs 1 --minibatches 1    its baseline b(s) is 0
+    REINFORCE   --estimator reinforce --epochs 1 --minibatches 1    here b(s) = 0
     RLOO        --estimator rloo --epochs 1 --minibatches 1         nothing
     PPO         --estimator gae       a sum over a response's tokens, without the book's 1/|a|
     GRPO        --estimator grpo      also without 1/|a|; the KL is in R, not in the loss
@@ -35,7 +37,7 @@ The book's algorithms (chapter "Reinforcement Learning"), and what differs here:
 Look at: J and reward rising while kl stays at a few nats, and gold, which no loss here
 uses, rising with them. Reward up and gold down is over-optimisation: raise β or get a
 better reward model. trace.txt follows one prompt through a step, symbol by symbol.
-`collect` and `update` explain every column of metrics.csv.
+`collect` and `update` explain the columns of metrics.csv.
 """
 
 from dataclasses import dataclass
@@ -140,8 +142,8 @@ def policy_loss(
     Summed over a response's tokens, averaged over responses: eq:PPO_EQN_EXPANDED without its
     1/|a|. At ρ = 1 the gradient is eq:REINFORCE_with_baseline: its mean over y ~ π is −∇J,
     unless A is biased, as with `grpo`, or λ < 1 and an inexact V. The whole response is one
-    action (section "MDP vs. Bandit Framing"), yet ρ is per token: at ρ = 1 the gradient is
-    the same, and the product of ten token ratios would soon leave 1 ± ε."""
+    action (section "MDP vs. Bandit Framing"), yet ρ is per token: at ρ = 1 one ratio for the
+    response has the same gradient, but as a product of ten it would soon leave 1 ± ε."""
     # ρ_t = π(y_t | x, y_<t) / π_old(y_t | x, y_<t)                           eq:PPO_POL_RATIO
     ratio = (logprobs - old_logprobs).exp()
     # L = − mean_y Σ_t min(ρ_t A, clip(ρ_t, 1−ε, 1+ε) A)
@@ -170,7 +172,7 @@ class Batch:
 
     tokens: Tensor  # (B, T)
     response_mask: Tensor  # (B, T)
-    logprobs: Tensor  # (B, T) log π of the policy that sampled them: π_old
+    old_logprobs: Tensor  # (B, T) log π of the policy that sampled them: π_old
     ref_logprobs: Tensor  # (B, T)
     reward: Tensor  # (B,) r(x, y)
     returns: Tensor  # (B,) R
@@ -181,7 +183,7 @@ class Batch:
 
 
 @torch.no_grad()
-def collect(cfg: Config, prompts: list[str], policy, reference, critic, reward) -> Batch:
+def collect(cfg: Config, prompts: list[str], policy, reference, critic, reward_fn) -> Batch:
     """Steps 1 to 3 of the algorithm, and what metrics.csv says of the rollout."""
     asked = [prompt for prompt in prompts for _ in range(cfg.samples)]
     # 1. y ~ π(·|x) for all M × N rows at once. [b] The episode is over when y is.
@@ -190,22 +192,22 @@ def collect(cfg: Config, prompts: list[str], policy, reference, critic, reward) 
     # 2. log π(y|x), log π_ref(y|x), r(x, y), V: one batched pass each
     logprobs = common.token_logprobs(policy, tokens, mask)
     ref_logprobs = common.token_logprobs(reference, tokens, mask)
-    r = reward(asked, rollout)  # [a] a model of what people prefer
+    r = reward_fn(asked, rollout)  # [a] a model of what people prefer
     value_mask = mask if cfg.estimator == "gae" else mask & (mask.cumsum(1) == 1)
     values = common.token_values(critic, tokens, value_mask) if critic else 0 * logprobs
-    # 3. [c] one number for the whole response
+    # 3. R = r − β kl: [c] one number for the whole response
     returns, kl = response_return(r, logprobs, ref_logprobs, mask, cfg.beta)
     answers = zip(asked, common.completions(rollout), finished.tolist())
     gold = [common.gold_reward(*answer) for answer in answers]
     row = {
         "reward": r.mean(),  # mean r(x, y)
-        "kl": kl.mean(),  # mean Σ_t log π − log π_ref: KL(π ‖ π_ref), nats per response
+        "kl": kl.mean(),  # mean Σ_t (log π − log π_ref): KL(π ‖ π_ref), nats per response
         "J": r.mean() - cfg.beta * kl.mean(),  # the objective
         "gold": sum(gold) / len(gold),  # the annotators' true reward; no loss uses it
         "length": mask.sum(1).float().mean(),  # tokens per response, EOS included
         "finished": finished.float().mean(),  # share that ended with EOS
         "entropy": -logprobs.sum() / mask.sum(),  # mean −log π, nats per token
-        "sampler_gap": (logprobs - rollout.logprobs).abs().max(),  # sampling against scoring
+        "sampler_gap": (logprobs - rollout.logprobs).abs().max(),  # as scored − as sampled
     }
     return Batch(tokens, mask, logprobs, ref_logprobs, r, returns, kl, value_mask, values, row)
 
@@ -222,10 +224,10 @@ def estimate_advantages(estimator: str, cfg: Config, batch: Batch) -> Tensor:
             return rloo(R, cfg.samples)[:, None]
         case "grpo":
             return grpo(R, cfg.samples)[:, None]
-        case "reinforce":  # baseline 0: the mean r of demonstrations, by a reward model
+        case "reinforce":  # baseline 0; reward_model.py centres r on demonstrations
             return R[:, None]
-        case "gae":  # the token-level MDP view: per-token rewards, V(s_t), λ; γ = 1
-            known = batch.reward, batch.logprobs, batch.ref_logprobs, batch.response_mask
+        case "gae":  # the token-level MDP view: per-token rewards, V(x, y_<t), λ; γ = 1
+            known = batch.reward, batch.old_logprobs, batch.ref_logprobs, batch.response_mask
             rewards = token_rewards(*known, cfg.beta)
             return gae(rewards, batch.values, batch.response_mask, 1.0, cfg.lam)[0]
 
@@ -237,35 +239,35 @@ def update(
     cfg: Config, batch: Batch, advantages: Tensor, policy, critic, optimizers, lr: float
 ) -> dict:
     """Step 5: K epochs of clipped minibatch updates. Returns the other columns of metrics.csv,
-    means over the updates. In the first ρ = 1 and the gradient is REINFORCE's, with A; with
-    K = 1 and one minibatch there is no other."""
-    targets = advantages + batch.values  # value: R, at the first token; gae: A_t + V(s_t)
-    steps = []
+    means over the updates. In the first update ρ = 1, and the gradient is REINFORCE's with
+    advantage A; with K = 1 and one minibatch that is the only update."""
+    targets = advantages + batch.values  # value: R, at the first token; gae: A_t + V(x, y_<t)
+    updates = []
     for _ in range(cfg.epochs):
         order = torch.randperm(len(advantages)).to(batch.tokens.device)
         for rows in order.tensor_split(cfg.minibatches):
             tokens, mask, A = batch.tokens[rows], batch.response_mask[rows], advantages[rows]
-            old, value_mask = batch.logprobs[rows], batch.value_mask[rows]
+            old, value_mask = batch.old_logprobs[rows], batch.value_mask[rows]
             logprobs = common.token_logprobs(policy, tokens, mask)
             ratio = (logprobs.detach() - old).exp()
             loss = policy_loss(logprobs, old, A, mask, cfg.clip)
             norm = common.descend(loss, policy, optimizers[0], lr)
-            step = {"policy_loss": loss.detach(), "grad_norm": norm}  # before clipping
+            row = {"policy_loss": loss.detach(), "grad_norm": norm}  # of π
             # share of response tokens whose gradient the clip turned off
-            step["clipped"] = (is_clipped(ratio, A, cfg.clip) & mask).sum() / mask.sum()
-            step["ratio_max"] = ratio.max()
-            step["start_ratio"] = torch.maximum(ratio, 1 / ratio).max()
+            row["clipped"] = (is_clipped(ratio, A, cfg.clip) & mask).sum() / mask.sum()
+            row["ratio_max"] = ratio.max()
+            row["start_ratio"] = torch.maximum(ratio, 1 / ratio).max()
             if critic:
                 values = common.token_values(critic, tokens, value_mask)
                 loss = value_loss(values, targets[rows], value_mask)
                 common.descend(loss, critic, optimizers[1], lr)
-                step["value_loss"] = loss.detach()
-            steps.append(step)
-    columns = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}
-    row = {"value_loss": None} | {key: column.mean() for key, column in columns.items()}
-    row["ratio_max"] = columns["ratio_max"].max()  # the largest ρ of any update
-    row["start_ratio"] = columns["start_ratio"][0]  # ρ or 1/ρ in the first: must be 1
-    return row | {"lr": lr}
+                row["value_loss"] = loss.detach()
+            updates.append(row)
+    columns = {key: torch.stack([row[key] for row in updates]) for key in updates[0]}
+    means = {"value_loss": None} | {key: column.mean() for key, column in columns.items()}
+    means["ratio_max"] = columns["ratio_max"].max()  # the largest ρ of any update
+    means["start_ratio"] = columns["start_ratio"][0]  # ρ or 1/ρ in the first: must be 1
+    return means | {"lr": lr}
 
 
 @torch.no_grad()
@@ -275,7 +277,9 @@ def trace(cfg: Config, step: int, x: str, batch: Batch, advantages: Tensor, poli
     same returns; and J, as in metrics.csv."""
     n, mask = cfg.samples, batch.response_mask[: cfg.samples]
     tokens, A, R = batch.tokens[:n], advantages[:n].expand_as(mask), batch.returns[:n]
-    r, kl, old, ref = batch.reward[:n], batch.kl[:n], batch.logprobs[:n], batch.ref_logprobs[:n]
+    r, kl, old, ref = (
+        z[:n] for z in (batch.reward, batch.kl, batch.old_logprobs, batch.ref_logprobs)
+    )
     new = common.token_logprobs(policy, tokens, mask)
     mean_A = (A * mask).sum(1) / mask.sum(1)  # gae has an A for every token
 
@@ -329,11 +333,11 @@ def main(cfg: Config) -> None:
         common.fail(f"--minibatches {cfg.minibatches}: more than answers; use fewer")
     device = common.pick_device(cfg.device)
     common.check_inputs(cfg, cfg.init, cfg.ref, cfg.reward)
-    reward = common.load_reward(cfg, cfg.reward, device)
+    reward_fn = common.load_reward(cfg, cfg.reward, device)
     policy = common.load_run(cfg, cfg.init, "lm", device)
     reference = common.load_run(cfg, cfg.ref, "lm", device).requires_grad_(False)
     context = min(policy.config.context, reference.config.context)
-    prompts, held = common.read_prompts(cfg.data, cfg.max_new_tokens, context)
+    train, held = common.read_prompts(cfg.data, cfg.max_new_tokens, context)
 
     common.seed_all(cfg.seed)
     critic = None
@@ -343,22 +347,22 @@ def main(cfg: Config) -> None:
     optimizers = [common.adamw(model) for model in (policy, critic) if model]
     about = f"{cfg.estimator}, β = {cfg.beta}, {cfg.prompts} prompts × {cfg.samples} answers"
     common.say(f"{cfg.runs}/{cfg.out}: {about}, reward: {cfg.reward}")
-    stream, traces = common.shuffled(prompts), []
+    stream, traces = common.shuffled(train), []
     with common.Run(cfg, cfg.out, policy, cfg.steps, show=("reward", "kl", "J", "gold")) as run:
         for step in run:
-            asked = [next(stream) for _ in range(cfg.prompts)]
-            batch = collect(cfg, asked, policy, reference, critic, reward)
-            advantages = estimate_advantages(cfg.estimator, cfg, batch)
+            prompts = [next(stream) for _ in range(cfg.prompts)]
+            batch = collect(cfg, prompts, policy, reference, critic, reward_fn)  # 1, 2, 3
+            advantages = estimate_advantages(cfg.estimator, cfg, batch)  # 4
             lr = cfg.lr * (1 - step / cfg.steps)
-            row = batch.row | update(cfg, batch, advantages, policy, critic, optimizers, lr)
-            row = run.log(**row)
+            row = update(cfg, batch, advantages, policy, critic, optimizers, lr)  # 5
+            row = run.log(**batch.row, **row)
             if step == 0:
                 check_start(cfg, row)
             if step % 20 == 0 or step + 1 == cfg.steps:
-                traces.append(trace(cfg, step, asked[0], batch, advantages, policy))
+                traces.append(trace(cfg, step, prompts[0], batch, advantages, policy))
     common.write(run.folder / "trace.txt", "\n".join(traces))
     common.say("\n" + traces[-1])
-    common.closing_table(cfg, [cfg.ref, cfg.init, cfg.out], reward, cfg.reward, held, device)
+    common.closing_table(cfg, [cfg.ref, cfg.init, cfg.out], reward_fn, cfg.reward, held, device)
 
 
 if __name__ == "__main__":

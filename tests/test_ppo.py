@@ -115,7 +115,7 @@ def by_hand(estimator: str) -> tuple[ppo.Config, ppo.Batch]:
 def advantages_by_hand(cfg, batch) -> list[list[float]]:
     """A of every response token of every row, from the definitions."""
     R, n = batch.returns.tolist(), cfg.samples
-    known = zip(batch.reward, batch.logprobs, batch.ref_logprobs, batch.values)
+    known = zip(batch.reward, batch.old_logprobs, batch.ref_logprobs, batch.values)
     answers = []
     for i, (on, (r, logp, ref, v)) in enumerate(zip(batch.response_mask, known)):
         group = R[i - i % n : i - i % n + n]
@@ -272,7 +272,7 @@ def test_mean_return_is_J_and_mean_kl_is_KL(policy):
     assert abs((weight * batch.kl).mean() - exact_kl) < 1e-10
     J = world.objective(logp, ref_logp, R, BETA)
     assert abs((weight * batch.returns).mean() - J) < 1e-10
-    known = batch.reward, batch.logprobs, batch.ref_logprobs, batch.response_mask, BETA
+    known = batch.reward, batch.old_logprobs, batch.ref_logprobs, batch.response_mask, BETA
     assert (ppo.token_rewards(*known).sum(1) - batch.returns).abs().max() < 1e-10
 
 
@@ -512,7 +512,7 @@ def test_the_reference_stays_what_the_policy_was(ascend):
         # main shuffles the prompts: which one a row has is seen from its first token
         x = batch.tokens[:, 0] - 1
         assert (batch.ref_logprobs.sum(1) - ref_logp[x, y]).abs().max() < 1e-10
-        kl = (batch.logprobs - batch.ref_logprobs).sum(1)
+        kl = (batch.old_logprobs - batch.ref_logprobs).sum(1)
         assert (batch.returns - (R[x, y] - kl)).abs().max() < 1e-10
     assert kl.abs().max() > 0.01
     assert world.kl(world.logp(policy), ref_logp) > 0.01
@@ -556,7 +556,9 @@ def test_exact_ascent_reaches_the_optimum():
         batch, weight = collected(cfg, REWARDS, policy, None, TWO, START, [NAMES[X]])
         advantages = ppo.estimate_advantages("reinforce", cfg, batch) * weight[:, None]
         logprobs = common.token_logprobs(policy, batch.tokens, batch.response_mask)
-        loss = ppo.policy_loss(logprobs, batch.logprobs, advantages, batch.response_mask, 0.2)
+        loss = ppo.policy_loss(
+            logprobs, batch.old_logprobs, advantages, batch.response_mask, 0.2
+        )
         common.descend(loss, policy, optimizer, 0.01 * (1 - step / 100))
     assert closed(policy) >= 0.99
 
@@ -607,7 +609,7 @@ def test_a_rollout_by_hand(estimator, tiny, runs, monkeypatch):
     torch.testing.assert_close(batch.reward, r, **close)
     torch.testing.assert_close(batch.kl, kl, **close)
     torch.testing.assert_close(batch.returns, r - 0.5 * kl, **close)
-    torch.testing.assert_close(batch.logprobs[mask], torch.cat(logp), **close)
+    torch.testing.assert_close(batch.old_logprobs[mask], torch.cat(logp), **close)
     torch.testing.assert_close(batch.ref_logprobs[mask], torch.cat(ref_logp), **close)
     first = mask & ~torch.cat([mask[:, :1], mask[:, :-1]], 1)
     known = {"value": first, "gae": mask, "grpo": first & False}[estimator]
@@ -671,7 +673,7 @@ def test_an_update_is_its_slow_replay(estimator, monkeypatch):
         for i in order.tolist():
             (x, y), on = rows[i], batch.response_mask[i]
             a = A.expand_as(batch.tokens)[i][on]
-            ratio = (row_logp(mine, x, y) - batch.logprobs[i][on]).exp()
+            ratio = (row_logp(mine, x, y) - batch.old_logprobs[i][on]).exp()
             surrogate = torch.min(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
             (slope,) = torch.autograd.grad(surrogate.sum(), ratio, retain_graph=True)
             off, tokens = off + int((slope == 0).sum()), tokens + len(y)
@@ -887,7 +889,7 @@ def test_trace_shows_the_numbers_of_the_update(call, seen, runs, estimator, n):
         assert prompts[0] in lines[0]
         mean_A, on = [], batch.response_mask
         for i, (x, y) in enumerate(answers):
-            old, ref = (z[i][on[i]].sum() for z in (batch.logprobs, batch.ref_logprobs))
+            old, ref = (z[i][on[i]].sum() for z in (batch.old_logprobs, batch.ref_logprobs))
             R, a = batch.returns[i], A[i][on[i]].mean()
             new = row_logp(policy, x, y).sum().detach()
             assert abs(new - old) > 0.02  # so that after is not before
@@ -902,7 +904,7 @@ def test_trace_shows_the_numbers_of_the_update(call, seen, runs, estimator, n):
 
         i = max(range(n), key=lambda i: abs(mean_A[i]))
         x, y = answers[i]
-        columns = [z[i][on[i]] for z in (batch.logprobs, batch.ref_logprobs, A)]
+        columns = [z[i][on[i]] for z in (batch.old_logprobs, batch.ref_logprobs, A)]
         ratio = (row_logp(policy, x, y) - columns[0]).exp()
         expected = torch.stack([*columns, ratio], 1).tolist()
         for t, token in enumerate(y):
@@ -936,7 +938,7 @@ def test_trace_shows_the_numbers_of_the_update(call, seen, runs, estimator, n):
 
 
 def shift_logprobs(batch, by):
-    batch.logprobs[batch.response_mask] += by
+    batch.old_logprobs[batch.response_mask] += by
 
 
 def shift_column(batch, key, by):

@@ -139,8 +139,8 @@ FORMULAS = [  # a formula is wrong
     (
         "unfinished answers score 0",
         "ppo.py",
-        "r = reward(asked, rollout)",
-        "r = reward(asked, rollout) * rollout.finished",
+        "r = reward_fn(asked, rollout)",
+        "r = reward_fn(asked, rollout) * rollout.finished",
         "tests/test_ppo.py::test_a_rollout_by_hand",
     ),
     (
@@ -160,7 +160,7 @@ FORMULAS = [  # a formula is wrong
     (
         "a baseline of the batch mean",
         "ppo.py",
-        'case "reinforce":  # baseline 0: the mean r of demonstrations, by a reward model\n            return R[:, None]',
+        'case "reinforce":  # baseline 0; reward_model.py centres r on demonstrations\n            return R[:, None]',
         'case "reinforce":\n            return (R - R.mean())[:, None]',
         "tests/test_ppo.py::test_each_estimator_has_its_own_baseline",
     ),
@@ -181,8 +181,8 @@ FORMULAS = [  # a formula is wrong
     (
         "ratio_max is a mean",
         "ppo.py",
-        'row["ratio_max"] = columns["ratio_max"].max()',
-        'row["ratio_max"] = columns["ratio_max"].mean()',
+        'means["ratio_max"] = columns["ratio_max"].max()',
+        'means["ratio_max"] = columns["ratio_max"].mean()',
         "tests/test_ppo.py::test_an_update_is_its_slow_replay",
     ),
     (
@@ -209,8 +209,8 @@ FORMULAS = [  # a formula is wrong
     (
         "the same prompts at each step",
         "ppo.py",
-        "asked = [next(stream) for _ in range(cfg.prompts)]",
-        "asked = prompts[: cfg.prompts]",
+        "prompts = [next(stream) for _ in range(cfg.prompts)]",
+        "prompts = train[: cfg.prompts]",
         "tests/test_ppo.py::test_every_training_prompt_is_asked_and_no_other",
     ),
     (
@@ -988,8 +988,8 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
     (
         "the start's ratio seen from above alone",
         "ppo.py",
-        'step["start_ratio"] = torch.maximum(ratio, 1 / ratio).max()',
-        'step["start_ratio"] = ratio.max()',
+        'row["start_ratio"] = torch.maximum(ratio, 1 / ratio).max()',
+        'row["start_ratio"] = ratio.max()',
         "tests/test_ppo.py::test_a_start_that_cannot_be_ends_the_run",
     ),
     (
@@ -1037,8 +1037,8 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
     (
         "trace: kl of tokens, not masked rows",
         "ppo.py",
-        "r, kl, old, ref = batch.reward[:n], batch.kl[:n]",
-        "r, kl, old, ref = batch.reward[:n], batch.kl[-n:]",
+        "for z in (batch.reward, batch.kl, batch.old_logprobs",
+        "for z in (batch.reward, batch.kl.flip(0), batch.old_logprobs",
         "tests/test_ppo.py::test_trace_shows_the_numbers_of_the_update",
     ),
     (
@@ -1072,15 +1072,15 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
     (
         "held-out prompts trained on",
         "ppo.py",
-        "common.shuffled(prompts), []",
-        "common.shuffled(prompts + held), []",
+        "common.shuffled(train), []",
+        "common.shuffled(train + held), []",
         "tests/test_ppo.py::test_every_training_prompt_is_asked_and_no_other",
     ),
     (
         "training and held-out prompts swapped",
         "ppo.py",
-        "    prompts, held = common.read_prompts(",
-        "    held, prompts = common.read_prompts(",
+        "    train, held = common.read_prompts(",
+        "    held, train = common.read_prompts(",
         "tests/test_ppo.py::test_a_run_is_made_of_what_its_flags_name",
     ),
     (
