@@ -4,7 +4,7 @@
     the world, in tables · tokens · the world, at work
     files · runs · inputs · closing table · report · export · command line
 
-The sections stand in this order. To understand the algorithms, the first line is enough.
+The sections stand in this order. For the algorithms, those of the first line are enough.
 
 Shapes: B rows, T positions, V vocabulary, C channels, N samples per prompt, M prompts.
 Every (B, T) tensor is aligned with `tokens`: column t is about token t.
@@ -392,7 +392,7 @@ def descend(loss: Tensor, model: nn.Module, optimizer, lr: float) -> Tensor:
 
 # -------------------------------------------------------------------- the world, in tables
 # A zoo. Each animal has a home, a food and a colour. Behind the slash stands the common
-# misconception, which 20 % of the raw text and 30 % of the demonstrators state.
+# misconception, which 20 % of the raw text's statements and 30 % of the demonstrators have.
 
 KINDS = ("home", "food", "colour")
 ANIMALS = {

@@ -92,7 +92,7 @@ def random_per_prompt(rewards: Tensor, generator: torch.Generator | None = None)
 def imitation_loss(logprobs: Tensor, mask: Tensor, count: float | Tensor | None = None):
     """The SFT loss, nats per token, on the selected answers: (B, T) each -> (). Divided by
     the batch's tokens, or by `count`, a constant, so that long answers keep their weight."""
-    # L = − (Σ_t mask_t log π(y_t | x, y_<t)) / (Σ_t mask_t)
+    # L = − (Σ_t mask_t log π(y_t | x, y_<t)) / count
     return -(logprobs * mask).sum() / (mask.sum() if count is None else count)
 
 
@@ -100,14 +100,14 @@ def imitation_loss(logprobs: Tensor, mask: Tensor, count: float | Tensor | None 
 
 
 @torch.no_grad()
-def sample_and_score(cfg: Config, prompts: list[str], policy, reference, reward):
+def sample_and_score(cfg: Config, prompts: list[str], policy, reference, reward_fn):
     """Steps 1 and 2: the M × N answers, rows of selected.jsonl and their (prompt, response)
     ids; rewards and gold, (M, N) each; and the KL."""
     answers, ids, rewards, gold, kl = [], [], [], [], []
     given = prompts, cfg.samples, cfg.max_new_tokens, cfg.temperature
     for asked, rollout in common.samples(policy, *given):
         tokens, mask = rollout.tokens, rollout.response_mask
-        rewards.append(reward(asked, rollout).cpu())
+        rewards.append(reward_fn(asked, rollout).cpu())
         log_ratio = common.token_logprobs(policy, tokens, mask)
         log_ratio = log_ratio - common.token_logprobs(reference, tokens, mask)
         kl.append(log_ratio.sum(1))
@@ -137,7 +137,7 @@ def main(cfg: Config) -> None:
         common.fail(f"--top-k {cfg.top_k}: more than --prompts × --samples; lower it")
     device = common.pick_device(cfg.device)
     common.check_inputs(cfg, cfg.init, cfg.ref, cfg.reward)
-    reward = common.load_reward(cfg, cfg.reward, device)
+    reward_fn = common.load_reward(cfg, cfg.reward, device)
     policy = common.load_run(cfg, cfg.init, "lm", device)
     reference = common.load_run(cfg, cfg.ref, "lm", device).requires_grad_(False)
     context = min(policy.config.context, reference.config.context)
@@ -152,7 +152,7 @@ def main(cfg: Config) -> None:
         for step in run:
             if step % cfg.steps == 0:  # a new round, with the policy as it is now
                 asked = [next(prompt_stream) for _ in range(cfg.prompts)]
-                scored = sample_and_score(cfg, asked, policy, reference, reward)  # 1, 2
+                scored = sample_and_score(cfg, asked, policy, reference, reward_fn)  # 1, 2
                 answers, ids, R, gold, kl = scored
                 selected = select(cfg, R)  # 3
                 row = {"round": step // cfg.steps, "reward": R.mean(), "gold": gold.mean()}
@@ -173,7 +173,7 @@ def main(cfg: Config) -> None:
             run.log(**row, loss=loss, grad_norm=norm, lr=lr)
     lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in kept]
     common.write(run.folder / "selected.jsonl", "".join(lines))
-    common.closing_table(cfg, [cfg.ref, cfg.init, cfg.out], reward, cfg.reward, held, device)
+    common.closing_table(cfg, [cfg.ref, cfg.init, cfg.out], reward_fn, cfg.reward, held, device)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ response [EOS], with the prompt masked:
     x, y           prompt, completion    common.demonstrations, or --data
     log π(y_t|·)   logprobs[:, t]        common.token_logprobs
     t in y         mask[:, t]            common.collate: True on the response, EOS included
-    L              loss                  sft_loss; for the base model every token but the first
+    L              loss                  sft_loss; base model: all but a window's first token
 
 A step, numbered as in the code:
     1  draw a minibatch of rows
@@ -47,7 +47,7 @@ class Config:
     steps: int = arg(300, "instruction tuning: gradient steps", low=1)
     batch: int = arg(64, "rows per step, B", low=1)
     lr: float = arg(2e-3, "instruction tuning: learning rate, falling to 0", high=1)
-    demonstrations: int = arg(2400, "of the built-in world; a sixth is held out", low=50)
+    demonstrations: int = arg(2400, "of the built-in world; about a sixth is held out", low=50)
     data: str = arg(None, "your own JSONL: {prompt, completion} or {messages}")
     base_steps: int = arg(200, "base model: gradient steps", low=1)
     base_lr: float = arg(3e-3, "base model: learning rate, falling to 0", high=1)
@@ -67,13 +67,13 @@ class Config:
 
 
 def sft_loss(logprobs: Tensor, mask: Tensor, count: float | Tensor | None = None) -> Tensor:
-    """Mean negative log-likelihood (nats per token) of the tokens in the mask, (B, T) -> ().
+    """Negative log-likelihood (nats per token) of the tokens in the mask, (B, T) -> ().
 
     The sum is divided by `count`; without it, by the batch's own token count. Training passes
     the mean count of a batch, so that the mean over an epoch's batches is L; otherwise a token
     in a batch of short rows would weigh more. Source: "Instruction Fine-Tuning".
     """
-    # L = − (Σ_t mask_t log π(y_t | x, y_<t)) / (Σ_t mask_t)
+    # L = − (Σ_t mask_t log π(y_t | x, y_<t)) / count
     return -(logprobs * mask).sum() / (mask.sum() if count is None else count)
 
 
@@ -81,7 +81,8 @@ def sft_loss(logprobs: Tensor, mask: Tensor, count: float | Tensor | None = None
 
 
 def raw_text(seed: int, sentences: int = 40_000) -> str:
-    """What the base model reads: statements (20 % misconceptions), questions, small talk."""
+    """What the base model reads: statements (20 % misconceptions; some of them rambling),
+    questions, small talk."""
     rng, text = random.Random(seed), []
     prompts = [prompt for prompt in common.QUESTIONS if not common.held_out(prompt)]
     openings = [opening.strip() for opening in common.OPENINGS if opening]
