@@ -156,8 +156,11 @@ def slow_forward(model, tokens):
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_forward_is_the_slow_definition(tiny, kv_heads):
-    """A wrong rotation, mask, norm, or key head of a query, grouped or not."""
-    model = tiny(heads=4, kv_heads=kv_heads, vocab_size=11)
+    """A wrong rotation, mask, norm, or key head of a query, grouped or not; θ and ε that are
+    the usual ones and not the config's."""
+    model = tiny(
+        heads=4, kv_heads=kv_heads, vocab_size=11, channels=32, rope_theta=50.0, norm_eps=0.1
+    )
     tokens = torch.randint(11, (2, 9))
     for row, logits in zip(tokens.tolist(), model(tokens)):
         torch.testing.assert_close(logits.double(), slow_forward(model, row), atol=1e-5, rtol=0)
@@ -1093,6 +1096,21 @@ def test_unusable_rows_are_dropped_and_counted(data, capsys, kind, change):
     assert " 2 " in error
 
 
+def test_only_a_newline_ends_a_line(data, monkeypatch):
+    """JSON may hold U+2028 and U+0085 as they are: the row would be cut in two."""
+    rows = good()
+    rows[3]["completion"] = "a\u2028b\u0085c"
+    texts = [json.dumps(row, ensure_ascii=False) + "\r" for row in rows]
+    path, given = data("\n".join(texts).encode()), []
+    monkeypatch.setattr(
+        common, "read_row", lambda line, keys: [given.append(line), rows[len(given) % 30]][1]
+    )
+    common.read_jsonl(path, KEYS["sft"])
+    assert given == texts
+    monkeypatch.undo()
+    assert common.read_jsonl(path, KEYS["sft"]) == rows
+
+
 @pytest.mark.parametrize(("room", "context", "drops"), [(9, 512, 0), (10, 512, 1), (9, 511, 1)])
 def test_the_longest_row_that_fits_is_kept(data, capsys, room, context, drops):
     """A limit off by one: 512 = USER + 500 bytes + ASSISTANT + 1 byte + 9 of room. A model of
@@ -1434,6 +1452,17 @@ def test_a_missing_model_is_an_error_before_anything_is_made(runs, makes, stops,
     assert name in stops(common.load_run, cfg, name, "lm", CPU)
     assert not makes
     common.check_inputs(cfg, "sft", "other", "reward_model", "mine.py:r")  # these will do
+
+
+@pytest.mark.parametrize("flag", ["init", "ref", "reward"])
+@pytest.mark.parametrize("script", [ppo, rejection_sampling])
+def test_a_typo_in_a_name_is_found_before_anything_is_made(runs, makes, stops, script, flag):
+    """One that is found when the others have been made, half a minute later."""
+    for name in ("sft", "reward_model"):
+        (runs / name / "model.pt").unlink()
+    cfg = script.Config(runs=str(runs), device="cpu", **{flag: "typo"})
+    assert "typo" in stops(script.main, cfg)
+    assert not makes
 
 
 @pytest.mark.parametrize("flag", ["data", "raw"])
@@ -1891,6 +1920,16 @@ def test_report_shows_every_policy_on_held_out_prompts(runs, reported):
     assert {"sft", "other"} == set(rows) & {"sft", "other", "reward_model"}
     assert asked
     assert all(common.held_out(prompt) for prompt in asked)
+
+
+def test_report_has_the_readers_prompts_and_reference(runs, reported, data):
+    """--data that is not read; KL and win rate that are to SFT whatever --ref says."""
+    path = data(lines(*good()))
+    asked, out, rows = reported("--data", str(path), "--ref", "other", "--max-new-tokens", "4")
+    assert set(asked) == set(common.split([row["prompt"] for row in good()])[1])
+    assert "KL to: other" in out
+    assert rows["other"][3] == "0.00"  # after reward, its error, and no gold
+    assert rows["sft"][3] != "0.00"
 
 
 @pytest.mark.parametrize("damage", ["garbage", "nan", "short", "no config", "bad config"])

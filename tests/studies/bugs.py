@@ -227,6 +227,27 @@ FORMULAS = [  # a formula is wrong
         "gold -= sum(rude in completion",
         "tests/test_common.py::test_gold_reward_on_hand_made_answers",
     ),
+    (
+        "rotary angles of the usual θ",
+        "common.py",
+        "frequency = c.rope_theta ** (",
+        "frequency = 10000.0 ** (",
+        "tests/test_common.py::test_forward_is_the_slow_definition",
+    ),
+    (
+        "the last norm has torch's ε",
+        "common.py",
+        "self.norm = nn.RMSNorm(c.channels, c.norm_eps)",
+        "self.norm = nn.RMSNorm(c.channels)",
+        "tests/test_common.py::test_forward_is_the_slow_definition",
+    ),
+    (
+        "an MLP's norm has torch's ε",
+        "common.py",
+        "self.mlp_norm = nn.RMSNorm(c.channels, c.norm_eps)",
+        "self.mlp_norm = nn.RMSNorm(c.channels)",
+        "tests/test_common.py::test_forward_is_the_slow_definition",
+    ),
 ]
 WIRING = [  # the formula is right, and gets or gives the wrong thing
     (
@@ -1180,6 +1201,41 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
         "rms_norm_eps=c.norm_eps",
         "rms_norm_eps=1e-6",
         "tests/test_export.py::test_the_files_say_what_only_some_loaders_read",
+    ),
+    (
+        "JSONL cut at every separator of Unicode",
+        "common.py",
+        'enumerate(read(path).split("\\n"), 1)',
+        "enumerate(read(path).splitlines(), 1)",
+        "tests/test_common.py::test_only_a_newline_ends_a_line",
+    ),
+    (
+        "PPO: a typo in a name is found too late",
+        "ppo.py",
+        "    common.check_inputs(cfg, cfg.init, cfg.ref, cfg.reward)\n",
+        "",
+        "tests/test_common.py::test_a_typo_in_a_name_is_found_before_anything_is_made",
+    ),
+    (
+        "rejection sampling: a typo in a name is found too late",
+        "rejection_sampling.py",
+        "    common.check_inputs(cfg, cfg.init, cfg.ref, cfg.reward)\n",
+        "",
+        "tests/test_common.py::test_a_typo_in_a_name_is_found_before_anything_is_made",
+    ),
+    (
+        "report: --data not used",
+        "common.py",
+        "prompts = read_prompts(cfg.data, cfg.max_new_tokens, reference.config.context)[1]",
+        "prompts = read_prompts(None, cfg.max_new_tokens, reference.config.context)[1]",
+        "tests/test_common.py::test_report_has_the_readers_prompts_and_reference",
+    ),
+    (
+        "report: --ref not used",
+        "common.py",
+        "draw(cfg, closing_table(cfg, [cfg.ref, *names],",
+        'draw(cfg, closing_table(cfg, ["sft", *names],',
+        "tests/test_common.py::test_report_has_the_readers_prompts_and_reference",
     ),
 ]
 WORLD = [  # only the exact tests, in the enumerable world, can see these
