@@ -1298,6 +1298,7 @@ def test_metrics_are_what_was_logged_and_unknown_gold_is_an_empty_cell(runs, tin
     about = json.loads((runs / "new/config.json").read_text())
     assert about["flags"] == {"runs": str(runs), "data": None, "out": "new"}
     assert about["steps"] == 3
+    assert 0 <= about["seconds"] < 60
     assert last_step(runs / "new") == 2
     assert "0.123" in capsys.readouterr().out
 
@@ -2005,9 +2006,9 @@ def test_the_pictures_are_drawn(runs, tiny, monkeypatch):
 
 
 def test_a_dot_is_a_run_and_a_path_its_training(runs, tiny, monkeypatch):
-    """Axes or columns that are swapped; a path of rewards by another model than the dot's.
-    Needs no matplotlib."""
-    plt, figures = MagicMock(), []
+    """Axes or columns that are swapped; a path of rewards by another model than the dot's; an
+    ideal of the first few facts. Needs no matplotlib."""
+    plt, figures, prompts, asked = MagicMock(), [], list(QUESTIONS)[:13], []
 
     def subplot_mosaic(rows, **_):
         figures.append({name: MagicMock() for name in np.ravel(rows)})
@@ -2016,8 +2017,10 @@ def test_a_dot_is_a_run_and_a_path_its_training(runs, tiny, monkeypatch):
     plt.subplot_mosaic = subplot_mosaic
     monkeypatch.setitem(sys.modules, "matplotlib", MagicMock(pyplot=plt))
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", plt)
-    monkeypatch.setattr(common, "ideal_frontier", lambda *_: ([7.0], [8.0]))
-    found = {"sft": {"prompts": [HOME], "log_ratio": torch.zeros(1, 4)}}
+    monkeypatch.setattr(
+        common, "ideal_frontier", lambda _, x, limit: [asked.extend(x), ([7.0], [8.0])][1]
+    )
+    found = {"sft": {"prompts": prompts, "log_ratio": torch.zeros(1, 4)}}
     found["sft"] |= {"reward": torch.ones(1, 4), "gold": torch.ones(1, 4)}
     for i, (name, reward) in enumerate([("ppo", "reward_model"), ("ppo_weak", "rm_weak")], 1):
         train(runs, tiny(1), 12, name=name, kl=i + 0.1, reward=i + 0.2, gold=i + 0.3, J=i + 0.4)
@@ -2031,6 +2034,7 @@ def test_a_dot_is_a_run_and_a_path_its_training(runs, tiny, monkeypatch):
         return [tuple(round(float(np.ravel(x)[-1]), 2) for x in c.args[:2])
                 for c in axis.plot.call_args_list]  # fmt: skip
 
+    assert asked == [prompts[i] for i in (0, 6, 12)]
     frontier, curves = figures
     assert drawn(frontier["reward"]) == [(0, 1), (1.5, 1.5), (1.1, 1.2), (2.5, 2.5)]
     expected = [(0, 1), (1.5, 1.75), (1.1, 1.3), (2.5, 2.75), (2.1, 2.3), (7, 8)]
