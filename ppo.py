@@ -17,8 +17,8 @@ A step of the algorithm, numbered as in the code, symbol by symbol:
     5  ρ_t = π / π_old, ε     ratio, cfg.clip             update → policy_loss, value_loss:
        π_old                  old_logprobs                K epochs of clipped updates
 
-Three places differ from standard RL, eq:rl_opt (chapter "Training Overview"); `gae` keeps its
-view, token by token:
+Three places differ from standard RL, eq:rl_opt (chapter "Training Overview"), but `gae` keeps
+the standard view, token by token:
     [a] a reward model in place of a reward function;
     [b] no state transitions: the prompt is the state, a whole completion is the action;
     [c] one reward for the whole response, and no γ: eq:rl_opt_int.
@@ -252,7 +252,7 @@ def update(
             ratio = (logprobs.detach() - old).exp()
             loss = policy_loss(logprobs, old, A, mask, cfg.clip)
             norm = common.descend(loss, policy, optimizers[0], lr)
-            row = {"policy_loss": loss.detach(), "grad_norm": norm}  # of π
+            row = {"policy_loss": loss.detach(), "grad_norm": norm}  # of π, before MAX_NORM
             # share of response tokens whose gradient the clip turned off
             row["clipped"] = (is_clipped(ratio, A, cfg.clip) & mask).sum() / mask.sum()
             row["ratio_max"] = ratio.max()
