@@ -936,7 +936,15 @@ def load_reward(cfg, source: str, device: torch.device) -> Reward:
     file, _, name = source.rpartition(":")
     if not file.endswith(".py"):
         model = load_run(cfg, source, "scalar", device).requires_grad_(False)
-        return lambda prompts, rollout: score(model, rollout.tokens, rollout.response_mask)
+
+        def scores(prompts: list[str], rollout: Rollout) -> Tensor:
+            T, context = rollout.tokens.shape[1], model.config.context
+            if context < T:
+                fail(f"{source} has a context of {context} tokens, and {T} are needed")
+            return score(model, rollout.tokens, rollout.response_mask)
+
+        return scores
+
     path = Path(file).resolve()
 
     @contextlib.contextmanager

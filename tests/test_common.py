@@ -253,6 +253,18 @@ def test_a_batch_that_begins_alike_has_the_outputs_and_gradients_of_its_rows(tin
             torch.testing.assert_close(g, expected, atol=1e-10, rtol=1e-10)
 
 
+def test_weights_start_at_their_stated_size():
+    """Layers that add to the residual stream and start as large as the others; fan-out for
+    fan-in: activations that grow with depth."""
+    c = ModelConfig()
+    for name, weight in Transformer(c, "scalar").named_parameters():
+        if weight.dim() == 2 and name != "scalar.weight":  # of that there is one row
+            std = weight.shape[1] ** -0.5
+            if name.endswith(("out.weight", "down.weight")):
+                std *= (2 * c.layers) ** -0.5
+            assert weight.std().item() == pytest.approx(std, rel=0.03), name
+
+
 def test_scalar_copy_shares_no_storage(tiny):
     """Training a critic or reward model would train the policy too."""
     model = tiny()
@@ -830,7 +842,7 @@ def answering(monkeypatch):
 def test_annotators_are_bradley_terry_and_see_what_was_cut(answering, tmp_path, monkeypatch):
     """Labels without noise, flipped labels, answers of another model or to two prompts, a cut
     answer judged and written as a whole one, held-out prompts too many or never, short prompts
-    first."""
+    first; answers longer or shorter than those of the scripts."""
 
     def answer(prompt, i):
         if prompt is None:
@@ -840,13 +852,20 @@ def test_annotators_are_bradley_terry_and_see_what_was_cut(answering, tmp_path, 
         full = common.FULL[kind].format(a=animal, v=common.ANIMALS[animal][kind][0])
         return [(good, True), (bad, True), (full, False)][(i % 2 + i // 2) % 3]
 
-    models = answering(answer)
+    models, limits, sampler = answering(answer), set(), common.samples
+
+    def samples(policy, prompts, n, limit):
+        limits.add(limit)
+        return sampler(policy, prompts, n, limit)
+
+    monkeypatch.setattr(common, "samples", samples)
     common.seed_all(0)
     common.collect_comparisons("this one", 5000, tmp_path / "pairs.jsonl")
     assert set(models) == {"this one"}
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert len(rows) == 5000
     assert close(sum(common.held_out(row["prompt"]) for row in rows) / 5000, 0.05, 5000)
+    assert limits == {24}
     lengths = [len(common.encode(row["prompt"])) for row in rows[:500]]
     assert lengths != sorted(lengths)  # sampled by length; --pairs takes the first
     first, judged = Counter(), Counter()
@@ -1339,9 +1358,12 @@ def test_weights_that_are_not_finite_leave_all_of_the_earlier_result(runs, tiny,
     stops(lambda: train(runs, model, 3, 2, lambda: weight.data.fill_(math.inf)), code=1)
 
 
-def test_ctrl_c_keeps_the_steps_so_far_beside_the_earlier_result(runs, tiny, capsys, files):
+def test_ctrl_c_keeps_the_steps_so_far_beside_the_earlier_result(
+    runs, tiny, capsys, files, monkeypatch
+):
     """A stopped run that is lost, passes for a finished one, or replaces one; what the error
-    says to type must name what was saved."""
+    says to type must name what was saved, and keep the flags of the run."""
+    monkeypatch.setattr(sys, "argv", ["ppo.py", "--beta", "0.1", "--out", "new"])
     train(runs, tiny(), steps=5)
     before = files()
     with pytest.raises(SystemExit) as stopped:
@@ -1349,7 +1371,7 @@ def test_ctrl_c_keeps_the_steps_so_far_beside_the_earlier_result(runs, tiny, cap
     assert stopped.value.code == 130
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert error.rstrip().endswith("--init new_stopped")
+    assert error.rstrip().endswith("ppo.py --beta 0.1 --out new --init new_stopped")
     assert before.items() <= files().items()
     assert last_step(runs / "new_stopped") == 2
     assert len((runs / "new_stopped/metrics.csv").read_text().splitlines()) == 1 + 3
@@ -1455,8 +1477,10 @@ def test_a_missing_model_is_an_error_before_anything_is_made(runs, makes, stops,
     common.check_inputs(cfg, "sft", "other", "reward_model", "mine.py:r")  # these will do
 
 
-@pytest.mark.parametrize("flag", ["init", "ref", "reward"])
-@pytest.mark.parametrize("script", [ppo, rejection_sampling])
+NAMES = [(s, x) for s in SCRIPTS[2:] for x in ("init", "ref", "reward") if hasattr(s.Config, x)]
+
+
+@pytest.mark.parametrize(("script", "flag"), NAMES)
 def test_a_typo_in_a_name_is_found_before_anything_is_made(runs, makes, stops, script, flag):
     """One that is found when the others have been made, half a minute later."""
     for name in ("sft", "reward_model"):
@@ -1505,6 +1529,15 @@ def test_missing_comparisons_are_collected_from_the_policy_in_init(
     cfg = dpo.Config(runs=str(runs), data=path)
     assert common.comparisons(cfg, 160, CPU) == good()
     stops(common.comparisons, cfg, 3, CPU)  # a context too short for every row
+
+
+def test_collected_pairs_over_the_context_are_dropped(runs, capsys):
+    """Pairs of a model with a longer context, read for one that cannot hold them."""
+    pairs = [row | {"chosen": "a" * 40} if i == 5 else row for i, row in enumerate(good())]
+    common.write(runs / "comparisons/comparisons.jsonl", lines(*pairs))
+    cfg = reward_model.Config(runs=str(runs))
+    found = [len(common.comparisons(cfg, context, CPU)) for context in (45, 46)]
+    assert found == [29, 30]  # USER + 3 bytes + ASSISTANT + 40 + EOS
 
 
 def test_a_device_that_is_not_there_is_refused_and_matrices_stay_exact(stops, monkeypatch):

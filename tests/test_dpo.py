@@ -359,6 +359,7 @@ def test_every_batch_starts_from_the_reference(call, runs, pairs, closing, flags
     lines = "".join(json.dumps(row) + "\n" for row in pairs(400))
     common.write(runs / "many/comparisons.jsonl", lines)
     rows = call(dpo, f"--steps 6 --batch 64 --lr 0 --comparisons many --out new {flags}")
+    assert {float(row["accuracy"]) for row in rows} == {0}  # no margin is > 0
     assert [float(row["loss"]) for row in rows] == pytest.approx([loss] * 6, abs=2e-5)
     assert all(abs(float(row["margin"])) < 1e-5 for row in rows)
 

@@ -2,6 +2,7 @@
 it catches. Those that load need transformers, which no script needs: pip install transformers.
 """
 
+import inspect
 import json
 import random
 import struct
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import unicodedata
 
+import jinja2  # torch brings it
 import pytest
 import torch
 
@@ -145,7 +147,7 @@ def test_the_files_say_what_only_some_loaders_read(tmp_path):
     """A key that the tests below would not miss: vLLM goes by the architecture, transformers 4
     by its own place for θ, OpenRLHF by mean and std; a BOS, which would be our USER; the
     context or the ε of some other Llama; a decoder that drops the space before a full stop;
-    an answer without its EOS."""
+    a regex that is not `encode`'s; an answer without its EOS."""
     for head, kind in (("lm", "CausalLM"), ("scalar", "SequenceClassification")):
         common.export(small(head, 2), tmp_path / head)
         config = json.loads((tmp_path / head / "config.json").read_text())
@@ -156,8 +158,15 @@ def test_the_files_say_what_only_some_loaders_read(tmp_path):
         about = json.loads((tmp_path / head / "tokenizer_config.json").read_text())
         assert config["max_position_embeddings"] == about["model_max_length"] == 96
         assert about["clean_up_tokenization_spaces"] is False
-        assert "<|assistant|>{{ turn.content }}<|eos|>" in about["chat_template"]
     assert (config["mean"], config["std"]) == (pytest.approx(0.7), 1.0)
+    tokenizer = json.loads((tmp_path / "lm/tokenizer.json").read_text())
+    regex = tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    assert regex.replace(r"[\p{L}\p{N}_]", r"\w") in inspect.getsource(common.encode)
+    template = jinja2.Environment().from_string(about["chat_template"])
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    start = "<|user|>q<|assistant|>"
+    assert template.render(messages=turns[:1], add_generation_prompt=True) == start
+    assert template.render(messages=turns) == f"{start}a<|eos|>"
 
 
 def test_a_second_export_replaces_the_first(tmp_path):

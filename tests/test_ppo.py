@@ -794,6 +794,9 @@ def test_a_run_is_made_of_what_its_flags_name(call, seen, runs, tiny):
     (_, prompts, policy, reference, _, _), _, batch = seen["collect"][0]
     assert same(policy, init)
     assert same(reference, ref)
+    trunk = dict(seen["collect"][0][0][4].named_parameters())  # the critic's, at the start
+    assert not trunk.pop("scalar.weight").any()
+    assert all(torch.equal(w, init.get_parameter(name)) for name, w in trunk.items())
     assert len(seen["collect"]) == len(rows) == 5
     assert len(prompts) == 3
     assert [x for x, _ in parts(batch)] == [common.chat(x) for x in prompts for _ in range(2)]
@@ -941,6 +944,11 @@ def shift_logprobs(batch, by):
     batch.old_logprobs[batch.response_mask] += by
 
 
+def shift_last(batch, by):
+    remaining = batch.response_mask.flip(1).cumsum(1).flip(1)
+    batch.old_logprobs[batch.response_mask & (remaining == 1)] += by
+
+
 def shift_column(batch, key, by):
     batch.row[key] = batch.row[key] + by
 
@@ -950,11 +958,12 @@ def shift_column(batch, key, by):
     [
         (lambda batch: shift_logprobs(batch, 2e-4), True),
         (lambda batch: shift_logprobs(batch, -2e-4), True),
+        (lambda batch: shift_last(batch, 1.3e-4), True),
         (lambda batch: shift_column(batch, "sampler_gap", 2e-4), True),
         (lambda batch: shift_column(batch, "kl", 1e-6), True),
         (lambda batch: shift_logprobs(batch, 3e-5), False),
     ],
-    ids=["ratio below 1", "ratio above 1", "sampler", "kl", "rounding"],
+    ids=["ratio below 1", "ratio above 1", "one token's ratio", "sampler", "kl", "rounding"],
 )
 def test_a_start_that_cannot_be_ends_the_run(call, files, monkeypatch, plant, ends):
     """Old log-probs that are not those of the policy in training, or a KL to oneself that is
@@ -988,6 +997,12 @@ def test_as_many_updates_as_minibatches_says(call, monkeypatch):
     monkeypatch.setattr(common, "descend", lambda *x: calls.append(1) or honest(*x))
     call(ppo, f"{TINY} --steps 1 --minibatches 4 --epochs 2 --estimator rloo --out new")
     assert len(calls) == 8
+
+
+def test_a_reward_model_with_a_shorter_context(refused, runs, tiny):
+    """Answers that its context cannot hold: a traceback."""
+    common.save_model(runs / "short", tiny(3, "scalar", context=9), {})
+    assert "short" in refused(ppo, f"{TINY} --reward short --out new")
 
 
 def test_a_reference_with_a_shorter_context(call, runs, tiny, monkeypatch):

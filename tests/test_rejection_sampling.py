@@ -407,9 +407,24 @@ def test_every_rule_runs_on_a_reward_model(call, runs, rule, moved, sampled, tin
         assert [row["reward"] for row in kept(runs)] == pytest.approx(best, abs=1e-5)
 
 
+def test_no_prompt_is_asked_again_before_all_were(call, closing, sampled, scored, mine):
+    """A round that begins with the prompts of the round before, or draws with replacement."""
+    n = (40 - len(mine[1])) // 2
+    flags = f"--prompts {n} --samples 1 --rounds 2 --steps 1 --max-new-tokens 2 --out new"
+    call(rs, f"{flags} --data {mine[0]} --reward {scored}")
+    asked = [prompt for made in sampled for prompt, *_ in made.answers]
+    assert len(set(asked)) == len(asked) == 2 * n
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(diverges):
     """NaN that is stepped on, skipped in silence, or saved."""
     assert "step 2" in diverges(rs, TINY, "imitation_loss", 3)
+
+
+def test_a_reward_model_with_a_shorter_context(refused, runs, tiny):
+    """Answers that its context cannot hold: a traceback."""
+    common.save_model(runs / "short", tiny(3, "scalar", context=9), {})
+    assert "short" in refused(rs, f"{TINY} --reward short --out new")
 
 
 def test_a_reference_with_a_shorter_context(call, runs, tiny, monkeypatch):
