@@ -1003,7 +1003,7 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
         "grad_norm of the critic",
         "ppo.py",
         "                common.descend(loss, critic",
-        '                step["grad_norm"] = common.descend(loss, critic',
+        '                row["grad_norm"] = common.descend(loss, critic',
         "tests/test_ppo.py::test_an_update_is_its_slow_replay",
     ),
     (
