@@ -708,8 +708,9 @@ def read_jsonl(path: str | Path, keys: tuple[str, ...], room: int = 1, context: 
     train, held = split(rows)
     if len(train) < 8 or not held:
         fail("; ".join([*notes, f"{path}:0: 8 usable rows are needed to train, 1 held out"]))
-    for note in notes:
-        print(note, file=sys.stderr)
+    with contextlib.suppress(OSError):
+        for note in notes:
+            print(note, file=sys.stderr)
     return rows
 
 
@@ -960,7 +961,7 @@ def load_reward(cfg, source: str, device: torch.device) -> Reward:
     sys.path.insert(0, str(path.parent))  # so that it can import its neighbours
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # pickle looks there
+    sys.modules.setdefault(path.stem, module)  # pickle looks there; json stays json
     with naming_the_line():
         spec.loader.exec_module(module)
         function = getattr(module, name)

@@ -908,7 +908,7 @@ def test_shuffled_prompts_are_all_seen_before_one_comes_again():
 # ------------------------------------------------------------------------------- printing
 
 
-def test_a_closed_pipe_or_a_full_disk_behind_stdout_ends_nothing(monkeypatch):
+def test_a_closed_pipe_or_a_full_disk_behind_stdout_ends_nothing(monkeypatch, data):
     """`python ppo.py | head`: the training would be lost with its reader."""
     read, write = os.pipe()
     os.close(read)
@@ -926,6 +926,8 @@ def test_a_closed_pipe_or_a_full_disk_behind_stdout_ends_nothing(monkeypatch):
             with pytest.raises(SystemExit) as stopped:
                 common.fail("three", 7)
             assert stopped.value.code == 7
+            rows = good() + [good()[0] | {"completion": ""}]  # a note of what is dropped
+            assert common.read_jsonl(data(lines(*rows)), KEYS["sft"]) == rows[:-1]
             stream.close()
         os.close(descriptor)
 
@@ -1614,6 +1616,15 @@ def r(prompts, completions):
 """)
     assert common.load_reward(None, f"{path}:r", CPU)(*TWO).tolist() == [3, 2]
     sys.modules.pop("neighbour")
+
+
+def test_a_reward_file_takes_no_place_that_is_taken(reward_file, monkeypatch):
+    """A file called json.py or common.py that the rest of the program then imports."""
+    monkeypatch.setitem(sys.modules, "json", json)  # so that it is put back
+    path = reward_file("def r(x, y):\n    return [1.0] * len(x)\n")
+    path = path.rename(path.with_name("json.py"))
+    assert common.load_reward(None, f"{path}:r", CPU)(*TWO).tolist() == [1, 1]
+    assert sys.modules["json"] is json
 
 
 @pytest.mark.parametrize(

@@ -1335,6 +1335,13 @@ WIRING = [  # the formula is right, and gets or gives the wrong thing
         "[\\p{L}_]+|[\\s\\S]",
         "tests/test_export.py::test_the_files_say_what_only_some_loaders_read",
     ),
+    (
+        "a reward file called json.py replaces that module",
+        "common.py",
+        "sys.modules.setdefault(path.stem, module)",
+        "sys.modules[path.stem] = module",
+        "tests/test_common.py::test_a_reward_file_takes_no_place_that_is_taken",
+    ),
 ]
 WORLD = [  # only the exact tests, in the enumerable world, can see these
     (
