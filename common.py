@@ -642,13 +642,15 @@ def write(path: Path, data: bytes | str) -> None:
 
 def read(path: str | Path) -> str:
     """The text of a file that must be there, in UTF-8."""
-    data = b""
     try:
         data = Path(path).read_bytes()
-        return data.decode()
     except (OSError, ValueError) as error:
-        line = bool(data) + data.count(b"\n", 0, getattr(error, "start", 0))
-        fail(f"{path}:{line}: cannot be read ({error}); name a file of UTF-8 text")
+        fail(f"{path}:0: cannot be read ({error}); name a file that can")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        fail(f"{path}:{line}: {error}; save the file as UTF-8")
 
 
 def read_row(line: str, keys: tuple[str, ...]) -> dict:

@@ -867,7 +867,7 @@ def test_annotators_are_bradley_terry_and_see_what_was_cut(answering, tmp_path, 
     assert close(sum(common.held_out(row["prompt"]) for row in rows) / 5000, 0.05, 5000)
     assert limits == {24}
     lengths = [len(common.encode(row["prompt"])) for row in rows[:500]]
-    assert lengths != sorted(lengths)  # sampled by length; --pairs takes the first
+    assert lengths != sorted(lengths)  # in which they were sampled
     first, judged = Counter(), Counter()
     for row in rows:
         golds = []
@@ -1533,7 +1533,7 @@ def test_missing_comparisons_are_collected_from_the_policy_in_init(
     stops(common.comparisons, cfg, 3, CPU)  # a context too short for every row
 
 
-def test_collected_pairs_over_the_context_are_dropped(runs, capsys):
+def test_collected_pairs_over_the_context_are_dropped(runs):
     """Pairs of a model with a longer context, read for one that cannot hold them."""
     pairs = [row | {"chosen": "a" * 40} if i == 5 else row for i, row in enumerate(good())]
     common.write(runs / "comparisons/comparisons.jsonl", lines(*pairs))
