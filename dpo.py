@@ -9,12 +9,12 @@ model is left to train (chapter "Direct-Alignment Algorithms", eq:dpo_core):
     L(π) = − mean over pairs of log σ(β [log π/π_ref (y_c|x) − log π/π_ref (y_r|x)])
 
     symbol             here                     made by
-    x, y_c, y_r        rows of comparisons      common.comparisons: judged answers of --init
+    x, y_c, y_r        rows of comparisons      common.comparisons: judged answers of sft
     log π(y|x)         logprobs (B, 2)          response_logprobs: Σ_t, EOS included, nats
     log π_ref(y|x)     ref_logprobs             the same function, frozen weights
     log π/π_ref        chosen, rejected         log-ratios; times β the implicit rewards
     β (IPO's τ)        cfg.beta                 price of one nat of KL
-    L                  loss                     LOSSES[cfg.loss]
+    L                  loss                     LOSSES[cfg.loss], and cfg.nll × NLL
 
 A step, numbered as in the code:
     1  draw a minibatch of pairs
@@ -28,11 +28,11 @@ A step, numbered as in the code:
     python dpo.py --init dpo --comparisons comparisons_dpo --out dpo_2     another round
 
 Look at: accuracy and margin rising; chosen_logp and rejected_logp both falling, which is
-expected and no bug: L asks for a gap only. metrics.csv: `loss` (at the start ln 2 for dpo,
-1/(4τ²) for ipo, 1 for hinge), `nll` (nats per token of the chosen answer); `reward_chosen`,
-`reward_rejected` (implicit, eq:dpo_reward), their difference `margin`; `accuracy`, the share
-of pairs with margin > 0; `chosen_logp`, `rejected_logp` (nats per response); `grad_norm`
-(before clipping), `lr`.
+expected and no bug: L asks for a gap only. metrics.csv: `loss`, what is descended (at the start
+ln 2 for dpo, 1/(4τ²) for ipo, 1 for hinge); `nll` (nats per token of the chosen answer);
+`reward_chosen`, `reward_rejected` (implicit, eq:dpo_reward), their difference `margin`;
+`accuracy`, the share of pairs with margin > 0, a tie ½; `chosen_logp`, `rejected_logp` (nats
+per response); `grad_norm` (before clipping), `lr`.
 """
 
 import random
@@ -44,18 +44,19 @@ from torch import Tensor
 
 import common
 from common import Transformer, arg
+from data import zoo
 
 
 @dataclass
 class Config:
-    loss: str = arg("dpo", "L", choices=("dpo", "ipo", "hinge"))
+    loss: str = arg("dpo", "L, the loss", choices=("dpo", "ipo", "hinge"))
     beta: float = arg(0.3, "β (IPO: τ), the price of KL, in reward per nat", low=1e-6)
-    label_smoothing: float = arg(0.0, "ε, share of labels taken to be flipped", high=0.499)
-    nll: float = arg(0.0, "weight of the chosen answer's NLL per token, eq:dpo_nll")
+    label_smoothing: float = arg(0.0, "ε, share of labels taken to be flipped", low=0)
+    nll: float = arg(0.0, "weight of the chosen answer's NLL per token, eq:dpo_nll", low=0)
     pairs: int = arg(20_000, "train on at most so many comparisons", low=1)
     steps: int = arg(600, "gradient steps", low=1)
     batch: int = arg(32, "pairs per step", low=1)
-    lr: float = arg(3e-4, "learning rate, falling to 0", high=1)
+    lr: float = arg(3e-4, "learning rate, falling to 0", low=0)
     max_new_tokens: int = arg(24, "longest answer in the closing table, in tokens", low=1)
     data: str = arg(None, "your own JSONL: {prompt, chosen, rejected}")
     comparisons: str = arg("comparisons", "judged pairs under --runs, or several: a,b")
@@ -63,8 +64,8 @@ class Config:
     ref: str = arg("sft", "π_ref, under --runs")
     out: str = arg("dpo", "where the result goes, under --runs")
     runs: str = arg("runs", "the folder of all runs")
-    seed: int = arg(0, "one seed, one result")
-    device: str = arg("auto", "auto, cpu, cuda or mps")
+    seed: int = arg(0, "one seed, one result", low=0)
+    device: str = arg("auto", "auto, or a name that torch knows")
 
 
 # ------------------------------------------------------------------------------- the maths
@@ -105,68 +106,72 @@ def response_logprobs(model: Transformer, tokens: Tensor, mask: Tensor) -> Tenso
     return logprobs.sum(1).view(-1, 2)
 
 
-# ---------------------------------------------------------------------------------- update
+# -------------------------------------------------------------------------------- the step
 
 
 def train(cfg: Config, policy: Transformer, reference: Transformer, rows: list[dict]) -> None:
     """Descend L over the comparisons, and save to runs/`out`."""
-    tokens, mask = common.encode_pairs(rows, policy.device)
-    optimizer, stream = common.adamw(policy), common.minibatches(cfg.batch, tokens, mask)
-    with common.Run(cfg, cfg.out, policy, cfg.steps, ("loss", "margin", "accuracy")) as run:
-        for step in run:
-            batch, batch_mask = next(stream)  # 1
-            logprobs = response_logprobs(policy, batch, batch_mask)  # 2
+    stream = common.minibatches(cfg.batch, *common.encode_pairs(rows, policy.device))
+    optimizer, show = common.adam(policy), ("loss", "margin", "accuracy")
+    with common.Run(cfg, cfg.out, policy, cfg.steps, show) as run:
+        for step in range(cfg.steps):
+            # 1. pairs (x, y_c, y_r)
+            tokens, mask = next(stream)
+            # 2. log π(y|x), log π_ref(y|x)
+            logprobs = response_logprobs(policy, tokens, mask)
             with torch.no_grad():
-                ref_logprobs = response_logprobs(reference, batch, batch_mask)
-            chosen, rejected = (logprobs - ref_logprobs).unbind(1)  # 3
-            loss = LOSSES[cfg.loss](chosen, rejected, cfg.beta, cfg.label_smoothing).mean()  # 4
-            nll = -(logprobs[:, 0] / batch_mask[:, 0].sum(1)).mean()  # length-normalised
-            lr = cfg.lr * (1 - step / cfg.steps)
-            norm = common.descend(loss + cfg.nll * nll, policy, optimizer, lr)
-            if step == 0:
-                check_start(cfg, torch.cat([chosen, rejected]))
-            # r(x, y) = β log π(y|x)/π_ref(y|x)                               eq:dpo_reward
-            reward_chosen = cfg.beta * chosen.mean()
-            reward_rejected = cfg.beta * rejected.mean()
-            run.log(
-                loss=loss,
-                nll=nll,
-                reward_chosen=reward_chosen,
-                reward_rejected=reward_rejected,
-                margin=reward_chosen - reward_rejected,
-                accuracy=(chosen > rejected).float().mean(),
-                chosen_logp=logprobs[:, 0].mean(),
-                rejected_logp=logprobs[:, 1].mean(),
-                grad_norm=norm,
-                lr=lr,
-            )
+                ref_logprobs = response_logprobs(reference, tokens, mask)
+            # 3. log π/π_ref of both answers
+            chosen, rejected = (logprobs - ref_logprobs).unbind(1)
+            # 4. L; the NLL is length-normalised: eq:dpo_nll (chapter "Regularization")
+            loss = LOSSES[cfg.loss](chosen, rejected, cfg.beta, cfg.label_smoothing).mean()
+            nll = -(logprobs[:, 0] / mask[:, 0].sum(1)).mean()
+            loss, lr = loss + cfg.nll * nll, cfg.lr * (1 - step / cfg.steps)
+            norm = common.descend(loss, policy, optimizer, lr)
+
+            check_start(cfg, step, chosen, rejected)
+            compared = measure(cfg.beta, chosen, rejected, logprobs)
+            run.log(loss=loss, nll=nll, **compared, grad_norm=norm, lr=lr)
 
 
-def check_start(cfg: Config, logratios: Tensor) -> None:
+@torch.no_grad()
+def measure(beta: float, chosen: Tensor, rejected: Tensor, logprobs: Tensor) -> dict:
+    """The part of metrics.csv that is about what the loss compares, batch means."""
+    # r(x, y) = β log π(y|x)/π_ref(y|x)                                      eq:dpo_reward
+    r_chosen, r_rejected = beta * chosen, beta * rejected
+    return {
+        "reward_chosen": r_chosen.mean(),
+        "reward_rejected": r_rejected.mean(),
+        "margin": (r_chosen - r_rejected).mean(),
+        "accuracy": ((r_chosen - r_rejected).sgn() + 1).mean() / 2,
+        "chosen_logp": logprobs[:, 0].mean(),
+        "rejected_logp": logprobs[:, 1].mean(),
+    }
+
+
+def check_start(cfg: Config, step: int, chosen: Tensor, rejected: Tensor) -> None:
     """Where policy and reference start as the same run, every log-ratio must be 0."""
-    largest = logratios.abs().max().item()
-    if cfg.init != cfg.ref:
-        common.say(f"{cfg.init} starts away from {cfg.ref}: a log-ratio is {largest:.3f}")
-    elif largest > 1e-4:
+    largest = torch.cat((chosen, rejected)).abs().max().item() if step == 0 else 0.0
+    if cfg.init == cfg.ref and largest > 1e-4:
         common.fail(f"step 0: policy = reference, but a log-ratio is {largest:.1e}", 1)
 
 
 def main(cfg: Config) -> None:
     device = common.pick_device(cfg.device)
-    common.check_inputs(cfg, cfg.init, cfg.ref)
     reference = common.load_run(cfg, cfg.ref, "lm", device).requires_grad_(False)
     policy = common.load_run(cfg, cfg.init, "lm", device)
     context = min(policy.config.context, reference.config.context)
-    train_rows, held_rows = common.split(common.comparisons(cfg, context, device))
+    rows = sum(common.comparisons(cfg, context, device).values(), [])
+    rows, held = common.split(rows, bool(cfg.data))
 
     common.seed_all(cfg.seed)
-    random.shuffle(train_rows)
-    train_rows = train_rows[: cfg.pairs]
-    about = f"{cfg.loss}, β = {cfg.beta}, {len(train_rows)} comparisons"
-    common.say(f"{cfg.runs}/{cfg.out}: {about}")
-    train(cfg, policy, reference, train_rows)
-
-    prompts = common.read_prompts(cfg.data, cfg.max_new_tokens, context)[1]
+    random.shuffle(rows)  # so that --pairs takes from all sources alike
+    rows = rows[: cfg.pairs]
+    about = f"{cfg.loss}, β = {cfg.beta}, {len(rows)} comparisons, {len(held)} held out"
+    print(f"{cfg.out}: {about}")
+    train(cfg, policy, reference, rows)
+    own = common.fitting(cfg, [row["prompt"] for row in held], context)
+    prompts = own if cfg.data else zoo.HELD_OUT_PROMPTS
     names, reward = [cfg.ref, cfg.init, cfg.out], common.table_reward(cfg, device)
     common.closing_table(cfg, names, *reward, prompts, device)
 

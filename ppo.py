@@ -2,33 +2,38 @@
 
     J(π) = E[r(x, y)] − β KL(π ‖ π_ref),      x ~ prompts, y ~ π(·|x)        eq:rlhf_opt_eq
 
-A step of the algorithm, numbered as in the code, symbol by symbol:
+A step, numbered as in `train`, symbol by symbol:
        symbol                 here                        made by
-    1  x (s_t), M prompts     prompts                     common.read_prompts, shuffled
-       y (a_t), N for each x  tokens where response_mask  common.generate: one fused batch
-    2  π (π^RL)               policy, logprobs            common.token_logprobs: one pass
-       π_ref                  reference, ref_logprobs     the same function, frozen weights
-       r(x, y), r_θ           reward                      common.load_reward: a reward model
+    1  x (s_t), M prompts     asked                       draw
+       y (a_t), N for each x  tokens where mask is True   common.generate: one fused batch
+    2  π (π^RL), π_old        old_logprobs                common.token_logprobs: one pass
+       π_ref                  ref_logprobs                the same function, frozen weights
+       r(x, y), r_θ           reward                      common.load_reward, shaped_reward
        V(x); gae: V(x, y_<t)  values                      common.token_values: before y; y_t
-    3  KL = E[kl], β          kl (nats), cfg.beta         Σ_t (log π − log π_ref)
+    3  KL = E[kl], β          kl (nats), cfg.beta         response_return: Σ_t log π/π_ref
        R = r − β kl           returns                     response_return
-       J = E[R]               J = reward − β kl           collect: means over the batch
     4  A = R − baseline       advantages                  estimate_advantages
-    5  ρ_t = π / π_old, ε     ratio, cfg.clip             update → policy_loss, value_loss:
-       π_old                  old_logprobs                K epochs of clipped updates
+    5  ρ_t = π / π_old, ε     logprobs, cfg.clip          policy_loss, value_loss: K epochs
+    6  J = E[R]               J = reward − β kl           measure: means over the batch
 
-Three places differ from standard RL, eq:rl_opt (chapter "Training Overview"), but `gae` keeps
-the standard view, token by token:
+Three places differ from standard RL, eq:rl_opt (chapter "Training Overview"):
     [a] a reward model in place of a reward function;
     [b] no state transitions: the prompt is the state, a whole completion is the action;
     [c] one reward for the whole response, and no γ: eq:rl_opt_int.
 
-The book's algorithms (chapter "Reinforcement Learning"), and what differs here:
-    REINFORCE   --estimator reinforce --epochs 1 --minibatches 1    here b(s) = 0
-    RLOO        --estimator rloo --epochs 1 --minibatches 1         nothing
-    PPO         --estimator gae       a sum over a response's tokens, without the book's 1/|a|
-    GRPO        --estimator grpo      also without 1/|a|; the KL is in R, not in the loss
-    (default)   --estimator value     PPO's ratio and clip, but one A for the whole response
+The book's algorithms (chapter "Reinforcement Learning"), and all that differs here:
+    all         the loss is summed over a response's tokens and averaged over responses, which
+                is eq:loss_fixed_length up to 1/L_max; the book's PPO and GRPO have 1/|a|. An
+                unfinished response is scored like any other; the book's section
+                "Implementation" gives it a penalty. See aggregate, shaped_reward
+    REINFORCE   --estimator reinforce --epochs 1 --minibatches 1. Every token has the whole R,
+                where the book has G_t, what comes from t on; and b(s) = 0
+    RLOO        --estimator rloo --epochs 1 --minibatches 1
+    PPO         --estimator gae. Advantages are not whitened, and V starts as the policy's
+                trunk with a head of zeros; InstructGPT's starts as the reward model
+    GRPO        --estimator grpo. The KL is in R, where the book has it in the loss; the std is
+                the group's own, where the book's code has the sample std plus an ε
+    (default)   --estimator value. PPO's ratio and clip, but one A for the whole response
 
     python ppo.py                            the whole recipe: first trains what is missing
     python ppo.py --estimator rloo --out ppo_rloo
@@ -36,31 +41,37 @@ The book's algorithms (chapter "Reinforcement Learning"), and what differs here:
 
 Look at: J and reward rising while kl stays at a few nats, and gold, which no loss here
 uses, rising with them. Reward up and gold down is over-optimisation: raise β or get a
-better reward model. trace.txt follows one prompt through a step, symbol by symbol.
-`collect` and `update` explain the columns of metrics.csv.
+better reward model. trace.jsonl follows one prompt through training, symbol by symbol;
+`python -m tools.report` shows it. `measure` explains the columns of metrics.csv.
 """
 
+import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import common
 from common import arg
+from data import zoo
 
 
 @dataclass
 class Config:
-    beta: float = arg(0.3, "β, the price of one nat of KL, in reward per nat")
-    estimator: str = arg("value", "of A", choices=("value", "rloo", "grpo", "reinforce", "gae"))
+    beta: float = arg(0.3, "β, the price of one nat of KL, in reward per nat", low=0)
+    estimator: str = arg("value", "of the advantage A",
+                         choices=("value", "rloo", "grpo", "reinforce", "gae"))  # fmt: skip
     steps: int = arg(60, "rollouts, each followed by its updates", low=1)
     prompts: int = arg(32, "M, prompts per step", low=1)
     samples: int = arg(4, "N, completions per prompt", low=1)
     epochs: int = arg(2, "K, passes over each rollout", low=1)
     minibatches: int = arg(4, "updates per epoch", low=1)
-    clip: float = arg(0.2, "ε of the clipped ratio")
-    lam: float = arg(0.95, "λ, used by gae alone", high=1)
-    lr: float = arg(3e-4, "learning rate of policy and critic, falling to 0", high=1)
+    clip: float = arg(0.2, "ε of the clipped ratio", low=0)
+    lam: float = arg(0.95, "λ, used by gae alone", low=0)
+    lr: float = arg(3e-4, "learning rate of policy and critic, falling to 0", low=0)
     max_new_tokens: int = arg(24, "longest response, in tokens", low=1)
     data: str = arg(None, "your own prompts: JSONL rows of {prompt}")
     reward: str = arg("reward_model", "r: a run under --runs, or FILE.py:function")
@@ -68,11 +79,18 @@ class Config:
     ref: str = arg("sft", "π_ref, under --runs")
     out: str = arg("ppo", "where the result goes, under --runs")
     runs: str = arg("runs", "the folder of all runs")
-    seed: int = arg(0, "one seed, one result")
-    device: str = arg("auto", "auto, cpu, cuda or mps")
+    seed: int = arg(0, "one seed, one result", low=0)
+    device: str = arg("auto", "auto, or a name that torch knows")
 
 
 # ------------------------------------------------------------------------------- the maths
+
+
+def shaped_reward(score: Tensor, finished: Tensor) -> Tensor:
+    """r(x, y) of J, (B,), from what the reward model says of each response, (B,), and whether
+    it ended with EOS, (B,). Training and tables go through here. Cut responses are scored like
+    any other: the annotators saw that an answer was cut, and disliked it."""
+    return score
 
 
 def response_return(
@@ -80,7 +98,7 @@ def response_return(
 ) -> tuple[Tensor, Tensor]:
     """One-sample estimates, per row, of J and of the KL in it: (returns, kl), both (B,).
     score (B,) is r(x, y); log-probs and mask are (B, T); kl is in nats, and known as k1. Both
-    are detached although kl depends on π: what is left out, −β E[∇ log π(y|x)], is 0."""
+    are detached although kl depends on π: detaching drops −β E[∇ log π(y|x)], which is 0."""
     # KL = E_y[Σ_t log π(y_t | x, y_<t) − log π_ref(y_t | x, y_<t)]           eq:kl_expectation
     kl = ((logprobs - ref_logprobs) * response_mask).sum(1)
     # R = r(x, y) − β Σ_t (log π − log π_ref)                                 eq:rlhf_opt_eq
@@ -105,14 +123,14 @@ def rloo(returns: Tensor, n: int) -> Tensor:
 
 
 def grpo(returns: Tensor, n: int) -> Tensor:
-    """Group-normalised advantages (B,); equal returns give exactly 0. eq:GRPO_ADV
+    """Group-normalised advantages (B,); equal returns give 0. eq:GRPO_ADV
     Not gradient ascent on J: dividing by std gives every prompt the same weight, and of n = 2
     returns only the order counts."""
     # A_i = (R_i − mean R) / std R
     groups = returns.view(-1, n)
-    groups = groups - groups[:, :1]  # an equal group becomes exact zeros, not rounding
     std = groups.std(1, correction=0, keepdim=True)
-    advantages = (groups - groups.mean(1, keepdim=True)) / torch.where(std > 0, std, 1.0)
+    rounding = 1e-6 * groups.abs().amax(1, keepdim=True)  # the std of equal returns
+    advantages = (groups - groups.mean(1, keepdim=True)) / std.where(std > rounding, torch.inf)
     return advantages.flatten()
 
 
@@ -131,6 +149,25 @@ def gae(
     return advantages, advantages + values
 
 
+def surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
+    """What each token adds to J, as far as the clip lets it, (B, T), and where the clip has
+    turned its gradient off, (B, T), bool. Advantages are (B, T) or (B, 1)."""
+    # ρ_t = π(y_t | x, y_<t) / π_old(y_t | x, y_<t)                           eq:PPO_POL_RATIO
+    ratio = (logprobs - old_logprobs).exp()
+    # min(ρ_t A, clip(ρ_t, 1−ε, 1+ε) A)                                    eq:PPO_EQN_EXPANDED
+    free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    return torch.min(free, clipped), clipped < free
+
+
+def aggregate(per_token: Tensor, mask: Tensor) -> Tensor:
+    """Summed over a response's tokens, averaged over responses: (B, T) each -> (). The book's
+    eq:loss_fixed_length up to the constant L_max."""
+    # (1/B) Σ_i Σ_t ℓ_{i,t}
+    return (per_token * mask).sum(1).mean()
+
+
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -138,23 +175,10 @@ def policy_loss(
     response_mask: Tensor,
     clip: float,
 ) -> Tensor:
-    """The clipped surrogate, per token, to be descended: (B, T) each -> (). A may be (B, 1).
-    Summed over a response's tokens, averaged over responses: eq:PPO_EQN_EXPANDED without its
-    1/|a|. At ρ = 1 the gradient is eq:REINFORCE_with_baseline: its mean over y ~ π is −∇J,
-    unless A is biased, as with `grpo`, or λ < 1 and an inexact V. The whole response is one
-    action (section "MDP vs. Bandit Framing"), yet ρ is per token: at ρ = 1 one ratio for the
-    response has the same gradient, but as a product of ten it would soon leave 1 ± ε."""
-    # ρ_t = π(y_t | x, y_<t) / π_old(y_t | x, y_<t)                           eq:PPO_POL_RATIO
-    ratio = (logprobs - old_logprobs).exp()
-    # L = − mean_y Σ_t min(ρ_t A, clip(ρ_t, 1−ε, 1+ε) A)
-    surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    return -(surrogate * response_mask).sum(1).mean()
-
-
-def is_clipped(ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """Where the clip has turned the gradient off: (B, T), and A (B, T) or (B, 1) -> bool."""
-    # ρ > 1 + ε and A > 0 (already much likelier), or ρ < 1 − ε and A < 0
-    return ((ratio > 1 + clip) & (advantages > 0)) | ((ratio < 1 - clip) & (advantages < 0))
+    """The loss of the policy: (B, T) each -> (). A may be (B, 1)."""
+    # Descending it ascends J: at ρ = 1 its gradient is −Σ_t A ∇ log π(y_t|·) = −A ∇ log π(y|x),
+    # whose mean over y ~ π is −∇J, as E[baseline · ∇ log π] = 0. eq:REINFORCE_with_baseline
+    return -aggregate(surrogate(logprobs, old_logprobs, advantages, clip)[0], response_mask)
 
 
 def value_loss(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
@@ -163,165 +187,156 @@ def value_loss(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     return 0.5 * ((values - targets).square() * mask).sum() / mask.sum()
 
 
-# --------------------------------------------------------------------- rollout and advantage
+def estimate_advantages(
+    cfg: Config, reward, returns, values, logprobs, ref_logprobs, response_mask
+) -> tuple[Tensor, Tensor]:
+    """Step 4, the one place where the estimators differ: A, (B, 1), the same for every token
+    of y, or (B, T) for gae; and the critic's targets (B, T). `values` is V where it is needed,
+    0 elsewhere."""
+    R = returns[:, None]
+    match cfg.estimator:
+        case "value":  # A = R − V(x), the only V there is; V learns E[R | x]
+            return R - values.sum(1, keepdim=True), R.expand_as(values)
+        case "rloo":
+            return rloo(returns, cfg.samples)[:, None], values
+        case "grpo":
+            return grpo(returns, cfg.samples)[:, None], values
+        case "reinforce":  # baseline 0; reward_model.py centres r on demonstrations
+            return R, values
+        case "gae":  # the token-level MDP view: a reward and a V(x, y_<t) per token; γ = 1
+            rewards = token_rewards(reward, logprobs, ref_logprobs, response_mask, cfg.beta)
+            return gae(rewards, values, response_mask, 1.0, cfg.lam)
 
 
-@dataclass
-class Batch:
-    """M × N responses and all that is known of them before the update; no gradients."""
+# -------------------------------------------------------------------------------- the step
 
-    tokens: Tensor  # (B, T)
-    response_mask: Tensor  # (B, T)
-    old_logprobs: Tensor  # (B, T) log π of the policy that sampled them: π_old
-    ref_logprobs: Tensor  # (B, T)
-    reward: Tensor  # (B,) r(x, y)
-    returns: Tensor  # (B,) R
-    kl: Tensor  # (B,)
-    value_mask: Tensor  # (B, T) where V is needed: before the first token, or (gae) every one
-    values: Tensor  # (B, T) V there; 0 without a critic
-    row: dict  # this rollout's part of metrics.csv
+
+def train(cfg: Config, policy, reference, critic, reward_fn, prompts: list[str]) -> None:
+    """Ascend J, and save to runs/`out`. critic is None where A needs no V."""
+    optimizer, critic_optimizer = common.adam(policy), common.adam(critic) if critic else None
+    traces, show = [], ("reward", "kl", "J", "gold")
+    with common.Run(cfg, cfg.out, policy, cfg.steps, show) as run:
+        for step, x in enumerate(draw(cfg, prompts)):
+            # 1. x ~ prompts, y ~ π(·|x): N responses to each of M prompts, all in one batch.
+            #    [b] When y is over, the episode is.
+            asked = [prompt for prompt in x for _ in range(cfg.samples)]
+            chats = [common.chat(prompt) for prompt in asked]
+            rollout = common.generate(policy, chats, cfg.max_new_tokens)
+            tokens, mask = rollout.tokens, rollout.response_mask
+            # 2. log π(y|x), log π_ref(y|x), r(x, y), V: one pass each.
+            #    V is read before the first response token; gae: before every one
+            value_mask = mask if cfg.estimator == "gae" else mask & (mask.cumsum(1) == 1)
+            with torch.no_grad():
+                old_logprobs = common.token_logprobs(policy, tokens, mask)
+                ref_logprobs = common.token_logprobs(reference, tokens, mask)
+                reward = reward_fn(asked, rollout)  # [a] a model of what people prefer
+                values = torch.zeros_like(old_logprobs)
+                if critic:
+                    values = common.token_values(critic, tokens, value_mask)
+            # 3. R = r − β kl: [c] one number for the whole response
+            known = old_logprobs, ref_logprobs, mask
+            returns, kl = response_return(reward, *known, cfg.beta)
+            # 4. A, the same for every token of y; gae: one for each
+            advantages, targets = estimate_advantages(cfg, reward, returns, values, *known)
+            # 5. K epochs of clipped minibatch updates. In the first, ρ = 1
+            updates, lr = [], cfg.lr * (1 - step / cfg.steps)
+            for _ in range(cfg.epochs):
+                order = torch.randperm(len(tokens)).to(tokens.device)
+                for i in order.tensor_split(cfg.minibatches):
+                    logprobs = common.token_logprobs(policy, tokens[i], mask[i])
+                    given = logprobs, old_logprobs[i], advantages[i]
+                    loss = policy_loss(*given, mask[i], cfg.clip)
+                    norm, v_loss = common.descend(loss, policy, optimizer, lr), None
+                    if critic:
+                        V = common.token_values(critic, tokens[i], value_mask[i])
+                        v_loss = value_loss(V, targets[i], value_mask[i])
+                        common.descend(v_loss, critic, critic_optimizer, lr)
+                    updates.append((*given, mask[i], loss, norm, v_loss))
+            # 6. J = reward − β kl, and what else is worth watching
+            row = measure(cfg, asked, rollout, reward, kl, old_logprobs, updates)
+            row = run.log(**row, lr=lr)
+
+            if step == 0:
+                check_start(cfg, row)
+            if is_traced(cfg, step):
+                known = reward, kl, returns, values, old_logprobs, ref_logprobs, advantages
+                traces.append(trace(cfg, step, x[0], rollout, policy, *known))
+    lines = [json.dumps(step, ensure_ascii=False) + "\n" for step in traces]
+    common.write(run.folder / "trace.jsonl", "".join(lines))
+
+
+def is_traced(cfg: Config, step: int) -> bool:
+    """A dozen steps, and the last."""
+    return step % max(1, cfg.steps // 12) == 0 or step + 1 == cfg.steps
+
+
+def draw(cfg: Config, prompts: list[str]) -> Iterator[list[str]]:
+    """M prompts for each step, none a second time before all were asked. But the first of a
+    traced step is always the same one, so that its answers can be watched as they change."""
+    stream = common.shuffled(prompts)
+    traced = next(stream)
+    for step in range(cfg.steps):
+        first = [traced] if is_traced(cfg, step) else []
+        yield first + [next(stream) for _ in range(cfg.prompts - len(first))]
 
 
 @torch.no_grad()
-def collect(cfg: Config, prompts: list[str], policy, reference, critic, reward_fn) -> Batch:
-    """Steps 1 to 3 of the algorithm, and what metrics.csv says of the rollout."""
-    asked = [prompt for prompt in prompts for _ in range(cfg.samples)]
-    # 1. y ~ π(·|x) for all M × N rows at once. [b] The episode is over when y is.
-    rollout = common.generate(policy, [common.chat(x) for x in asked], cfg.max_new_tokens)
-    tokens, mask, finished = rollout.tokens, rollout.response_mask, rollout.finished
-    # 2. log π(y|x), log π_ref(y|x), r(x, y), V: one batched pass each
-    logprobs = common.token_logprobs(policy, tokens, mask)
-    ref_logprobs = common.token_logprobs(reference, tokens, mask)
-    r = reward_fn(asked, rollout)  # [a] a model of what people prefer
-    value_mask = mask if cfg.estimator == "gae" else mask & (mask.cumsum(1) == 1)
-    values = common.token_values(critic, tokens, value_mask) if critic else 0 * logprobs
-    # 3. R = r − β kl: [c] one number for the whole response
-    returns, kl = response_return(r, logprobs, ref_logprobs, mask, cfg.beta)
+def measure(cfg: Config, asked, rollout, reward, kl, old_logprobs, updates) -> dict:
+    """The columns of metrics.csv."""
+    mask, finished = rollout.response_mask, rollout.finished
     answers = zip(asked, common.completions(rollout), finished.tolist())
-    gold = [common.gold_reward(*answer) for answer in answers]
-    row = {
-        "reward": r.mean(),  # mean r(x, y)
+    gold = [zoo.gold_reward(*answer) for answer in answers]
+    ratios, clipped = [], []
+    for logprobs, old, A, on, *_ in updates:
+        ratios.append((logprobs - old).exp()[on])
+        clipped.append(surrogate(logprobs, old, A, cfg.clip)[1][on].float().mean())
+    losses, norms, v_losses = (list(column) for column in zip(*(x[4:] for x in updates)))
+    return {
+        "reward": reward.mean(),  # mean r(x, y)
         "kl": kl.mean(),  # mean Σ_t (log π − log π_ref): KL(π ‖ π_ref), nats per response
-        "J": r.mean() - cfg.beta * kl.mean(),  # the objective
+        "J": reward.mean() - cfg.beta * kl.mean(),  # the objective
         "gold": sum(gold) / len(gold),  # the annotators' true reward; no loss uses it
         "length": mask.sum(1).float().mean(),  # tokens per response, EOS included
         "finished": finished.float().mean(),  # share that ended with EOS
-        "entropy": -logprobs.sum() / mask.sum(),  # mean −log π, nats per token
-        "sampler_gap": (logprobs - rollout.logprobs).abs().max(),  # as scored − as sampled
+        "entropy": -old_logprobs.sum() / mask.sum(),  # mean −log π, nats per token
+        "sampler_gap": (old_logprobs - rollout.logprobs).abs().max(),  # as scored − as sampled
+        "policy_loss": torch.stack(losses).mean(),  # this and the following: of all updates
+        "value_loss": None if v_losses[0] is None else torch.stack(v_losses).mean(),
+        "grad_norm": torch.stack(norms).mean(),  # of the policy, before clipping
+        "clipped": torch.stack(clipped).mean(),  # share of tokens without gradient
+        "ratio_max": torch.cat(ratios).max(),  # the largest ρ
+        "first_update_ratio": torch.maximum(ratios[0], 1 / ratios[0]).max(),  # must be 1
     }
-    return Batch(tokens, mask, logprobs, ref_logprobs, r, returns, kl, value_mask, values, row)
-
-
-def estimate_advantages(estimator: str, cfg: Config, batch: Batch) -> Tensor:
-    """Step 4, the one place where the estimators differ: A (B, 1), the same for every token
-    of y, or (B, T) for gae."""
-    R = batch.returns
-    match estimator:
-        case "value":  # A = R − V(x), V read before the first response token
-            first = batch.response_mask & (batch.response_mask.cumsum(1) == 1)
-            return R[:, None] - (batch.values * first).sum(1, keepdim=True)
-        case "rloo":
-            return rloo(R, cfg.samples)[:, None]
-        case "grpo":
-            return grpo(R, cfg.samples)[:, None]
-        case "reinforce":  # baseline 0; reward_model.py centres r on demonstrations
-            return R[:, None]
-        case "gae":  # the token-level MDP view: per-token rewards, V(x, y_<t), λ; γ = 1
-            known = batch.reward, batch.old_logprobs, batch.ref_logprobs, batch.response_mask
-            rewards = token_rewards(*known, cfg.beta)
-            return gae(rewards, batch.values, batch.response_mask, 1.0, cfg.lam)[0]
-
-
-# ---------------------------------------------------------------------------------- update
-
-
-def update(
-    cfg: Config, batch: Batch, advantages: Tensor, policy, critic, optimizers, lr: float
-) -> dict:
-    """Step 5: K epochs of clipped minibatch updates. Returns the other columns of metrics.csv,
-    means over the updates. In the first update ρ = 1, and the gradient is REINFORCE's with
-    advantage A; with K = 1 and one minibatch that is the only update."""
-    targets = advantages + batch.values  # value: R, at the first token; gae: A_t + V(x, y_<t)
-    updates = []
-    for _ in range(cfg.epochs):
-        order = torch.randperm(len(advantages)).to(batch.tokens.device)
-        for rows in order.tensor_split(cfg.minibatches):
-            tokens, mask, A = batch.tokens[rows], batch.response_mask[rows], advantages[rows]
-            old, value_mask = batch.old_logprobs[rows], batch.value_mask[rows]
-            logprobs = common.token_logprobs(policy, tokens, mask)
-            ratio = (logprobs.detach() - old).exp()
-            loss = policy_loss(logprobs, old, A, mask, cfg.clip)
-            norm = common.descend(loss, policy, optimizers[0], lr)
-            row = {"policy_loss": loss.detach(), "grad_norm": norm}  # of π, before MAX_NORM
-            # share of response tokens whose gradient the clip turned off
-            row["clipped"] = (is_clipped(ratio, A, cfg.clip) & mask).sum() / mask.sum()
-            row["ratio_max"] = ratio.max()
-            row["start_ratio"] = torch.maximum(ratio, 1 / ratio).max()
-            if critic:
-                values = common.token_values(critic, tokens, value_mask)
-                loss = value_loss(values, targets[rows], value_mask)
-                common.descend(loss, critic, optimizers[1], lr)
-                row["value_loss"] = loss.detach()
-            updates.append(row)
-    columns = {key: torch.stack([row[key] for row in updates]) for key in updates[0]}
-    means = {"value_loss": None} | {key: column.mean() for key, column in columns.items()}
-    means["ratio_max"] = columns["ratio_max"].max()  # the largest ρ of any update
-    means["start_ratio"] = columns["start_ratio"][0]  # ρ or 1/ρ in the first: must be 1
-    return means | {"lr": lr}
 
 
 @torch.no_grad()
-def trace(cfg: Config, step: int, x: str, batch: Batch, advantages: Tensor, policy) -> str:
-    """The first prompt x of a batch followed through the step, with the tensors of its update:
-    its N answers; the one with the largest |A| token by token; every estimator's A of the
-    same returns; and J, as in metrics.csv."""
-    n, mask = cfg.samples, batch.response_mask[: cfg.samples]
-    tokens, A, R = batch.tokens[:n], advantages[:n].expand_as(mask), batch.returns[:n]
-    r, kl, old, ref = (
-        z[:n] for z in (batch.reward, batch.kl, batch.old_logprobs, batch.ref_logprobs)
-    )
-    new = common.token_logprobs(policy, tokens, mask)
-    mean_A = (A * mask).sum(1) / mask.sum(1)  # gae has an A for every token
-
-    lines = [f"step {step}   x: {x}   A by {cfg.estimator}, β = {cfg.beta}"]
-    rest = "R − A" if cfg.estimator in ("grpo", "gae") else "baseline"
-    names = "r", "log π", "log π_ref", "kl", "R", rest, "A", "log π after"
-    lines += [("{:>12}" * 8).format(*names) + "   y"]  # 8 columns of width 12
-    columns = r, old.sum(1), ref.sum(1), kl, R, R - mean_A, mean_A, new.sum(1)
-    for *numbers, answer in zip(*columns, common.completions(batch)):
-        lines += [("{:12.2f}" * 8).format(*numbers) + f"   {answer!r}"]
-
-    i = int(mean_A.abs().argmax())
-    ratio = (new - old).exp()
-    off = is_clipped(ratio, A, cfg.clip)
-    lines += ["", ("{:>12}" * 4).format("log π", "log π_ref", "A", "ρ after") + "   y_t"]
-    for t in mask[i].nonzero().flatten().tolist():
-        piece = repr(common.decode([tokens[i, t]])) if tokens[i, t] != common.EOS else "EOS"
-        clipped = "   clipped: no more gradient" if off[i, t] else ""
-        numbers = old[i, t], ref[i, t], A[i, t], ratio[i, t]
-        lines += [("{:12.2f}" * 4).format(*numbers) + f"   {piece}{clipped}"]
-
-    lines += [""]
-    for name in ("reinforce", "value", "rloo", "grpo", "gae"):
-        if name in ("rloo", "grpo") and n == 1:
-            text = "needs N > 1"
-        elif name in ("value", "gae") and cfg.estimator not in (name, "gae"):
-            text = "needs a V that this run does not train"
-        else:
-            other = (estimate_advantages(name, cfg, batch)[:n] * mask).sum(1) / mask.sum(1)
-            text = ("{:12.2f}" * n).format(*other)
-        lines += [f"A by {name:10s}{text}"]
-    sums = "{J:.3f} = {reward:.3f} − {beta} × {kl:.3f}".format(**batch.row, beta=cfg.beta)
-    lines += [f"J = reward − β kl = mean R over the batch: {sums} = {batch.returns.mean():.3f}"]
-    return "\n".join(lines) + "\n"
+def trace(
+    cfg: Config, step, x, rollout, policy, reward, kl, returns, values, old, ref, advantages
+) -> dict:
+    """What the traced prompt x, the first of the batch, went through in a step: its N answers
+    with the tensors of the update itself, and ρ as the update left it."""
+    tokens, mask = rollout.tokens[: cfg.samples], rollout.response_mask[: cfg.samples]
+    old, A = old[: cfg.samples], advantages[: cfg.samples].expand_as(mask)
+    new, answers = common.token_logprobs(policy, tokens, mask), []
+    ratio, clipped = (new - old).exp(), surrogate(new, old, A, cfg.clip)[1]
+    columns = dict(tokens=tokens, logprobs=old, ref_logprobs=ref, A=A, V=values, ratio=ratio)
+    columns |= dict(clipped=clipped)
+    for i, on in enumerate(mask):
+        numbers = {"r": reward[i], "kl": kl[i], "R": returns[i]}
+        answer = {"text": common.completions(rollout)[i], "finished": bool(rollout.finished[i])}
+        answer |= {key: round(value.item(), 4) for key, value in numbers.items()}
+        for key, column in columns.items():
+            answer[key] = [round(value, 4) for value in column[i][on].tolist()]
+        answers.append(answer)
+    return {"step": step, "prompt": x, "answers": answers}
 
 
 def check_start(cfg: Config, row: dict[str, float]) -> None:
     """Constants that hold before anything is learned; 1e-4 tells bugs from rounding."""
     if cfg.init == cfg.ref and row["kl"] != 0:
         common.fail(f"policy and reference are the same, but KL is {row['kl']}", 1)
-    if abs(row["start_ratio"] - 1) > 1e-4:
-        common.fail(f"step 0: ρ is {row['start_ratio']} before any update, and must be 1", 1)
+    if abs(row["first_update_ratio"] - 1) > 1e-4:
+        common.fail(f"step 0: ρ is {row['first_update_ratio']} before any update, not 1", 1)
     if row["sampler_gap"] > 1e-4:
         common.fail(f"sampled and scored log-probs differ by {row['sampler_gap']} nats", 1)
 
@@ -332,37 +347,27 @@ def main(cfg: Config) -> None:
     if cfg.minibatches > cfg.prompts * cfg.samples:
         common.fail(f"--minibatches {cfg.minibatches}: more than answers; use fewer")
     device = common.pick_device(cfg.device)
-    common.check_inputs(cfg, cfg.init, cfg.ref, cfg.reward)
-    reward_fn = common.load_reward(cfg, cfg.reward, device)
+    score = common.load_reward(cfg, cfg.reward, device)
     policy = common.load_run(cfg, cfg.init, "lm", device)
     reference = common.load_run(cfg, cfg.ref, "lm", device).requires_grad_(False)
     context = min(policy.config.context, reference.config.context)
-    train, held = common.read_prompts(cfg.data, cfg.max_new_tokens, context)
+    prompts, held = common.read_prompts(cfg, context)
+
+    def reward_fn(asked: list[str], rollout: common.Rollout) -> Tensor:
+        return shaped_reward(score(asked, rollout), rollout.finished)
 
     common.seed_all(cfg.seed)
     critic = None
     if cfg.estimator in ("value", "gae"):  # V starts as 0: a trunk of its own, a zero head
         critic = common.scalar_copy(policy)
         torch.nn.init.zeros_(critic.scalar.weight)
-    optimizers = [common.adamw(model) for model in (policy, critic) if model]
     about = f"{cfg.estimator}, β = {cfg.beta}, {cfg.prompts} prompts × {cfg.samples} answers"
-    common.say(f"{cfg.runs}/{cfg.out}: {about}, reward: {cfg.reward}")
-    stream, traces = common.shuffled(train), []
-    with common.Run(cfg, cfg.out, policy, cfg.steps, show=("reward", "kl", "J", "gold")) as run:
-        for step in run:
-            prompts = [next(stream) for _ in range(cfg.prompts)]
-            batch = collect(cfg, prompts, policy, reference, critic, reward_fn)  # 1, 2, 3
-            advantages = estimate_advantages(cfg.estimator, cfg, batch)  # 4
-            lr = cfg.lr * (1 - step / cfg.steps)
-            row = update(cfg, batch, advantages, policy, critic, optimizers, lr)  # 5
-            row = run.log(**batch.row, **row)
-            if step == 0:
-                check_start(cfg, row)
-            if step % 20 == 0 or step + 1 == cfg.steps:
-                traces.append(trace(cfg, step, prompts[0], batch, advantages, policy))
-    common.write(run.folder / "trace.txt", "\n".join(traces))
-    common.say("\n" + traces[-1])
-    common.closing_table(cfg, [cfg.ref, cfg.init, cfg.out], reward_fn, cfg.reward, held, device)
+    source = Path(cfg.reward).name
+    print(f"{cfg.out}: {about}; reward: {source}")
+    train(cfg, policy, reference, critic, reward_fn, prompts)
+    names = [cfg.ref, cfg.init, cfg.out]
+    common.closing_table(cfg, names, reward_fn, source, held, device)
+    print(f"\nlook: python -m tools.report --runs {os.path.relpath(cfg.runs)}")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ best-of-N answers moves π towards the best-of-N policy, whose KL to the sampler
 log N − (N − 1)/N nats.
 
     symbol         here                  made by
-    x_1 … x_M      prompts               common.read_prompts
-    Y (M, N)       answers               common.samples, eq:rs_completion_matrix
+    x_1 … x_M      prompts               common.read_prompts, shuffled
+    Y (M, N)       tokens of M·N rows    common.sample_answers, eq:rs_completion_matrix
     R (M, N)       rewards               common.load_reward, eq:rs_reward_matrix
-    S(R)           selected              top_per_prompt, top_k_overall or random_per_prompt
+    S(R)           selected              top_per_prompt or top_k_overall; controls: random_…
     L              loss                  imitation_loss: the SFT loss on the selected answers
     KL(π ‖ π_ref)  kl                    measured on the samples of every round
 
@@ -24,34 +24,37 @@ A round, numbered as in the code:
     python rejection_sampling.py --select random --out rs_random        the matched control
 
 Look at: gold beside the control, which trains on equally many answers, chosen at random, and
-so stands still. selected.jsonl has the answers that were kept; `sft.py --data` takes it.
-metrics.csv: `round`; of the round's samples, drawn before its updates, `reward`, `gold`
-(means) and `kl` (nats per response; of π only at temperature 1); `selected_reward` and
-`selected_gold`, the means of those kept; `loss` (nats per token: the batch's sum over the
-mean token count of a batch), `grad_norm` (before clipping), `lr`.
+so stands still. `random` is the control of `per_prompt`, `random_k` that of `top_k`.
+selected.jsonl has the answers that were kept; `sft.py --data` takes it. metrics.csv: `round`;
+of the round's samples, drawn before its updates, `reward`, `gold` (means) and `kl` (nats per
+response; of π only at temperature 1); `selected_reward` and `selected_gold`, the means of
+those kept; `loss` (nats per token), `grad_norm` (before clipping), `lr`.
 """
 
 import json
-import math
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import common
 from common import arg
+from data import zoo
 
 
 @dataclass
 class Config:
     prompts: int = arg(2048, "M, prompts per round", low=1)
     samples: int = arg(16, "N, completions per prompt", low=1)
-    select: str = arg("per_prompt", "S(R)", choices=("per_prompt", "top_k", "random"))
-    top_k: int = arg(1024, "K, answers kept by --select top_k", low=1)
+    select: str = arg("per_prompt", "S(R), how answers are selected",
+                      choices=("per_prompt", "top_k", "random", "random_k"))  # fmt: skip
+    top_k: int = arg(1024, "K, answers kept by --select top_k and random_k", low=1)
     rounds: int = arg(1, "sample, select, imitate; so many times", low=1)
     steps: int = arg(96, "gradient steps per round", low=1)
     batch: int = arg(64, "selected answers per step", low=1)
-    lr: float = arg(3e-4, "learning rate, falling to 0 in each round", high=1)
+    lr: float = arg(3e-4, "learning rate, falling to 0 in each round", low=0)
     temperature: float = arg(1.0, "of the samples; above 1 for more variety", low=0.01)
     max_new_tokens: int = arg(24, "longest response, in tokens", low=1)
     data: str = arg(None, "your own prompts: JSONL rows of {prompt}")
@@ -60,8 +63,8 @@ class Config:
     ref: str = arg("sft", "π_ref, from which KL is measured, under --runs")
     out: str = arg("rejection_sampling", "where the result goes, under --runs")
     runs: str = arg("runs", "the folder of all runs")
-    seed: int = arg(0, "one seed, one result")
-    device: str = arg("auto", "auto, cpu, cuda or mps")
+    seed: int = arg(0, "one seed, one result", low=0)
+    device: str = arg("auto", "auto, or a name that torch knows")
 
 
 # ------------------------------------------------------------------------------- the maths
@@ -84,96 +87,109 @@ def top_k_overall(rewards: Tensor, k: int) -> Tensor:
 
 
 def random_per_prompt(rewards: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """The control, blind to reward: (M, N) -> (M,) columns."""
+    """The control of top_per_prompt, blind to reward: (M, N) -> (M,) columns."""
     M, N = rewards.shape
-    return torch.randint(N, (M,), generator=generator, device=rewards.device)
+    return torch.randint(N, (M,), generator=generator)
 
 
-def imitation_loss(logprobs: Tensor, mask: Tensor, count: float | Tensor | None = None):
-    """The SFT loss, nats per token, on the selected answers: (B, T) each -> (). Divided by
-    the batch's tokens, or by `count`, a constant, so that long answers keep their weight."""
-    # L = − (Σ_t mask_t log π(y_t | x, y_<t)) / count
-    return -(logprobs * mask).sum() / (mask.sum() if count is None else count)
+def random_k_overall(
+    rewards: Tensor, k: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """The control of top_k_overall, blind to reward: (M, N) -> (k,) flat indices, no two the
+    same. Raises ValueError for k > M·N."""
+    if not 1 <= k <= rewards.numel():
+        raise ValueError(f"top_k {k} of {rewards.numel()} answers: choose at most that many")
+    return torch.randperm(rewards.numel(), generator=generator)[:k]
 
 
-# ----------------------------------------------------------------------------------- rollout
+def select(rule: str, rewards: Tensor, k: int) -> Tensor:
+    """S(R) by the rule that --select names: (M, N) -> flat indices of the answers to keep."""
+    if rule in ("top_k", "random_k"):
+        return top_k_overall(rewards, k) if rule == "top_k" else random_k_overall(rewards, k)
+    M, N = rewards.shape
+    columns = top_per_prompt(rewards) if rule == "per_prompt" else random_per_prompt(rewards)
+    return torch.arange(M) * N + columns
+
+
+def imitation_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """The SFT loss, nats per token, on selected answers: (B, T) each -> ()."""
+    # L = − Σ_t mask_t log π(y_t | x, y_<t) / Σ_t mask_t
+    return -(logprobs * mask).sum() / mask.sum()
+
+
+# ------------------------------------------------------------------------------- the round
+
+
+def train(cfg: Config, policy, reference, reward_fn, prompts: list[str]) -> None:
+    """Rounds of sampling, selection and imitation; saved to runs/`out`."""
+    stream, kept, show = (
+        common.shuffled(prompts),
+        [],
+        ("reward", "kl", "selected_reward", "loss"),
+    )
+    with common.Run(cfg, cfg.out, policy, cfg.rounds * cfg.steps, show) as run:
+        for number in range(cfg.rounds):
+            # 1. Y: N answers to each of M prompts, from the policy as it is
+            asked = list(islice(stream, cfg.prompts))
+            given = asked, cfg.samples, cfg.max_new_tokens, cfg.temperature
+            rollouts = list(common.sample_answers(policy, *given))
+            # 2. R (M, N)
+            R = torch.cat([reward_fn(x, rollout).cpu() for x, rollout in rollouts])
+            R = R.view(cfg.prompts, cfg.samples)
+            # 3. S(R)
+            selected = select(cfg.select, R, cfg.top_k)
+            about = {"round": number} | measure(policy, reference, rollouts, R, selected, kept)
+            # 4. imitate the selected answers, with a fresh Adam
+            ids = [(common.chat(x), y) for xs, rollout in rollouts
+                   for x, y in zip(xs, common.response_ids(rollout))]  # fmt: skip
+            rows = common.collate([ids[i] for i in selected.tolist()], policy.device)
+            batches, optimizer = common.minibatches(cfg.batch, *rows), common.adam(policy)
+            for step in range(cfg.steps):
+                tokens, mask = next(batches)
+                loss = imitation_loss(common.token_logprobs(policy, tokens, mask), mask)
+                lr = cfg.lr * (1 - step / cfg.steps)
+                norm = common.descend(loss, policy, optimizer, lr)
+                run.log(**about, loss=loss, grad_norm=norm, lr=lr)
+    lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in kept]
+    common.write(run.folder / "selected.jsonl", "".join(lines))
 
 
 @torch.no_grad()
-def sample_and_score(cfg: Config, prompts: list[str], policy, reference, reward_fn):
-    """Steps 1 and 2: the M × N answers, rows of selected.jsonl and their (prompt, response)
-    ids; rewards and gold, (M, N) each; and the KL."""
-    answers, ids, rewards, gold, kl = [], [], [], [], []
-    given = prompts, cfg.samples, cfg.max_new_tokens, cfg.temperature
-    for asked, rollout in common.samples(policy, *given):
+def measure(policy, reference, rollouts, R: Tensor, selected: Tensor, kept: list) -> dict:
+    """A round's part of metrics.csv; the selected answers are added to `kept`."""
+    answers, kl = [], []
+    for asked, rollout in rollouts:
         tokens, mask = rollout.tokens, rollout.response_mask
-        rewards.append(reward_fn(asked, rollout).cpu())
-        log_ratio = common.token_logprobs(policy, tokens, mask)
-        log_ratio = log_ratio - common.token_logprobs(reference, tokens, mask)
-        kl.append(log_ratio.sum(1))
-        ids += zip([common.chat(x) for x in asked], common.response_ids(rollout))
-        for x, y, end in zip(asked, common.completions(rollout), rollout.finished.tolist()):
-            answers.append({"prompt": x, "completion": y, "completion_finished": end})
-            gold.append(common.gold_reward(x, y, end))
-    shape = len(prompts), cfg.samples
-    rewards, gold = torch.cat(rewards).view(shape), torch.tensor(gold).view(shape)
-    return answers, ids, rewards, gold, torch.cat(kl).mean()
-
-
-def select(cfg: Config, rewards: Tensor) -> Tensor:
-    """Step 3: flat indices of the answers that are kept, by the rule that --select names."""
-    if cfg.select == "top_k":
-        return top_k_overall(rewards, cfg.top_k)
-    rule = top_per_prompt if cfg.select == "per_prompt" else random_per_prompt
-    M, N = rewards.shape
-    return torch.arange(M, device=rewards.device) * N + rule(rewards)
-
-
-# ---------------------------------------------------------------------------------- update
+        kl.append(common.token_logprobs(policy, tokens, mask).sum(1))
+        kl[-1] = kl[-1] - common.token_logprobs(reference, tokens, mask).sum(1)
+        answers += zip(asked, common.completions(rollout), rollout.finished.tolist())
+    gold = torch.tensor([zoo.gold_reward(*answer) for answer in answers])
+    for i in selected.tolist():
+        row = dict(zip(("prompt", "completion", "completion_finished"), answers[i]))
+        kept.append(row | {"reward": R.flatten()[i].item()})
+    means = {"reward": R.mean(), "gold": gold.mean(), "kl": torch.cat(kl).mean()}
+    means |= {"selected_reward": R.flatten()[selected].mean()}
+    means |= {"selected_gold": gold[selected].mean()}
+    return {key: value.item() for key, value in means.items()}
 
 
 def main(cfg: Config) -> None:
-    if cfg.select == "top_k" and cfg.top_k > cfg.prompts * cfg.samples:
+    if cfg.select in ("top_k", "random_k") and cfg.top_k > cfg.prompts * cfg.samples:
         common.fail(f"--top-k {cfg.top_k}: more than --prompts × --samples; lower it")
     device = common.pick_device(cfg.device)
-    common.check_inputs(cfg, cfg.init, cfg.ref, cfg.reward)
     reward_fn = common.load_reward(cfg, cfg.reward, device)
     policy = common.load_run(cfg, cfg.init, "lm", device)
     reference = common.load_run(cfg, cfg.ref, "lm", device).requires_grad_(False)
     context = min(policy.config.context, reference.config.context)
-    prompts, held = common.read_prompts(cfg.data, cfg.max_new_tokens, context)
+    prompts, held = common.read_prompts(cfg, context)
 
     common.seed_all(cfg.seed)
-    about = f"{cfg.prompts} prompts × {cfg.samples} answers, kept by {cfg.select}"
-    common.say(f"{cfg.runs}/{cfg.out}: {about}, reward: {cfg.reward}")
-    prompt_stream, kept = common.shuffled(prompts), []
-    total, show = cfg.rounds * cfg.steps, ("round", "reward", "kl", "selected_reward", "loss")
-    with common.Run(cfg, cfg.out, policy, total, show) as run:
-        for step in run:
-            if step % cfg.steps == 0:  # a new round, with the policy as it is now
-                asked = [next(prompt_stream) for _ in range(cfg.prompts)]
-                scored = sample_and_score(cfg, asked, policy, reference, reward_fn)  # 1, 2
-                answers, ids, R, gold, kl = scored
-                selected = select(cfg, R)  # 3
-                row = {"round": step // cfg.steps, "reward": R.mean(), "gold": gold.mean()}
-                row |= {"kl": kl, "selected_reward": R.flatten()[selected].mean()}
-                row |= {"selected_gold": gold.flatten()[selected].mean()}
-                for i in selected.tolist():
-                    about = {"reward": R.flatten()[i].item(), "round": row["round"]}
-                    kept.append(answers[i] | about)
-                tokens, mask = common.collate([ids[i] for i in selected.tolist()], device)
-                count = mask.sum() / math.ceil(len(mask) / cfg.batch)  # mean tokens of a batch
-                optimizer = common.adamw(policy)
-                stream = common.minibatches(cfg.batch, tokens, mask)
-            batch, batch_mask = next(stream)
-            logprobs = common.token_logprobs(policy, batch, batch_mask)
-            loss = imitation_loss(logprobs, batch_mask, count)  # 4
-            lr = cfg.lr * (1 - step % cfg.steps / cfg.steps)
-            norm = common.descend(loss, policy, optimizer, lr)
-            run.log(**row, loss=loss, grad_norm=norm, lr=lr)
-    lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in kept]
-    common.write(run.folder / "selected.jsonl", "".join(lines))
-    common.closing_table(cfg, [cfg.ref, cfg.init, cfg.out], reward_fn, cfg.reward, held, device)
+    about = f"{cfg.prompts} prompts × {cfg.samples} answers, selected by {cfg.select}"
+    source = Path(cfg.reward).name
+    print(f"{cfg.out}: {about}; reward: {source}")
+    train(cfg, policy, reference, reward_fn, prompts)
+    names = [cfg.ref, cfg.init, cfg.out]
+    common.closing_table(cfg, names, reward_fn, source, held, device)
 
 
 if __name__ == "__main__":
