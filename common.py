@@ -146,8 +146,8 @@ class Block(nn.Module):
         if H != K:  # groups of query heads share a key and value head
             k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
         # y = softmax(q kᵀ / √D) v; `future` (T, stop) is −∞ where the key is after the query
-        scores = q @ k.transpose(-1, -2) * D**-0.5 + future
-        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(B * T, -1)
+        y = ((q * D**-0.5) @ k.transpose(-1, -2) + future).softmax(-1) @ v
+        y = y.transpose(1, 2).reshape(B * T, -1)
         # and back: from here on only the rows in `place`
         x = pick(x, node.flatten()[place]) + self.out(pick(y, place))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
@@ -236,7 +236,7 @@ def generate(
 ) -> Rollout:
     """Sample one response to each of B prompts, all in one batch with a KV cache.
 
-    All rows stand at the same position: a row whose prompt is not over yet is fed its next
+    All rows stand at the same position: a row whose prompt is not over yet reads its next
     prompt token, the others sample. So there is no left padding and no attention mask."""
     c, device, B = model.config, model.device, len(prompts)
     start, T = min(map(len, prompts)), max(map(len, prompts)) + max_new_tokens
@@ -249,25 +249,28 @@ def generate(
     u = torch.rand(B, T, dtype=model.embed.weight.dtype).to(device)
     mask, logprobs = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(u)
     cache = u.new_empty(c.layers, 2, B, c.kv_heads, T, c.channels // c.heads)
-    rows = torch.arange(B, device=device)  # those still in the batch
-    over, new = torch.zeros_like(mask[:, 0]), tokens[:, :start]
-    for t in range(start, T):
-        last = torch.arange(new.shape[1], device=device).expand_as(new) == new.shape[1] - 1
-        p = (model(new, last, cache, t - new.shape[1]) / temperature).softmax(-1)  # (rows, V)
+    rows, over = torch.arange(B, device=device), torch.zeros_like(mask[:, 0])  # still in batch
+    read, t = 0, start
+    while True:
+        new = tokens[rows, read:t]  # what stands before is in the cache
+        last = torch.zeros_like(new, dtype=torch.bool)
+        last[:, -1] = True
+        p = (model(new, last, cache, read) / temperature).softmax(-1)  # (rows, V)
         # inverse CDF: the first token whose cumulative probability exceeds u
         cdf = p.cumsum(-1)
         token = torch.searchsorted(cdf, u[rows, t, None] * cdf[:, -1:], right=True)
         logp, answering = p.gather(-1, token).log(), (t >= lengths[rows]) & ~over
         token = torch.where(answering, token.squeeze(-1), tokens[rows, t])
         logprobs[rows, t] = torch.where(answering, logp.squeeze(-1), 0.0)
-        tokens[rows, t], mask[rows, t], new = token, answering, token[:, None]
-        full = t + 1 >= lengths[rows] + max_new_tokens
-        over = over | (answering & ((token == EOS) | full))
+        tokens[rows, t], mask[rows, t] = token, answering
+        over = over | (answering & ((token == EOS) | (t + 1 == lengths[rows] + max_new_tokens)))
         going = (~over).nonzero().squeeze(-1)
         if len(going) == 0:
             break
+        # on to the next position where a row samples; prompts are read up to it at once
+        read, t = t, max(t + 1, int(lengths[rows[going]].min()))
         if len(going) < 0.8 * len(rows):  # not at every step: moving the cache costs too
-            rows, new, over, cache = rows[going], new[going], over[going], cache[:, :, going]
+            rows, over, cache = rows[going], over[going], cache[:, :, going]
     longest = t + 1
     finished = ((tokens == EOS) & mask).any(1)
     return Rollout(tokens[:, :longest], mask[:, :longest], finished, logprobs[:, :longest])
@@ -293,13 +296,13 @@ def sample_answers(
     """n answers to each of many prompts, in batches: (the prompt of each row, Rollout). The n
     answers to a prompt stand together. Short prompts come first, as a batch is as slow as its
     longest prompt."""
-    lengths = {prompt: len(chat(prompt)) + max_new_tokens for prompt in prompts}
-    prompts = sorted(prompts, key=lengths.get)
-    while prompts:
-        M = sum((i + 1) * n * lengths[x] <= ROLLOUT for i, x in enumerate(prompts))
-        batch, prompts = prompts[: max(1, M)], prompts[max(1, M) :]
-        asked = [prompt for prompt in batch for _ in range(n)]
-        yield asked, generate(policy, [chat(x) for x in asked], max_new_tokens, temperature)
+    prompts, asked = sorted(prompts, key=lambda x: len(chat(x))), []
+    for i, prompt in enumerate(prompts):
+        asked += [prompt] * n
+        longest = max_new_tokens + len(chat(prompts[min(i + 1, len(prompts) - 1)]))
+        if (len(asked) + n) * longest > ROLLOUT or i + 1 == len(prompts):
+            yield asked, generate(policy, [chat(x) for x in asked], max_new_tokens, temperature)
+            asked = []
 
 
 # ------------------------------------------------------------- log-probs, values, scores
@@ -316,11 +319,8 @@ def in_passes(function):
     def wrapped(model: Transformer, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         B, T = tokens.shape
-        ends, order = (
-            (mask * torch.arange(1, T + 1, device=mask.device))
-            .amax(1)
-            .sort(descending=True, stable=True)
-        )
+        ends = (mask * torch.arange(1, T + 1, device=mask.device)).amax(1)
+        ends, order = ends.sort(descending=True, stable=True)
         ends, first, parts = ends.tolist(), 0, []
         for i in range(1, B + 1):
             longest = max(1, ends[first])
@@ -605,23 +605,25 @@ def make(cfg, name: str) -> None:
     sys.argv = argv
 
 
-def announce(cfg, name: str) -> None:
-    """One line about an input: what it was made with, and whether this run has the same."""
-    path = Path(cfg.runs) / name / "config.json"
-    if not path.exists():
-        return
-    made = json.loads(path.read_text())["flags"]
-    other = [key for key in ("seed", "data") if made[key] != getattr(cfg, key)]
-    warning = f" (warning: another {' and '.join(other)} than this run's)" if other else ""
-    data = f", data {Path(made['data']).name}" if made["data"] else ""
-    print(f"input {name}: seed {made['seed']}{data}{warning}")
+@functools.cache  # said once
+def announce(runs: str, name: str, seed: int, data: str | None) -> None:
+    """One line about the input runs/NAME: the seed and data that it was made with, and a
+    warning where this run has others."""
+    path = Path(runs) / name / "config.json"
+    made = json.loads(path.read_text())["flags"] if path.exists() else {}
+    mine, its = (
+        f"seed {x}, data {Path(y).name if y else 'zoo'}"
+        for x, y in ((seed, data), (made.get("seed"), made.get("data")))
+    )
+    same = (made.get("seed"), made.get("data")) == (seed, data)
+    print(f"input {name}: {its}" + ("" if same else f"; warning: this run has {mine}"))
 
 
 def load_run(cfg, name: str, head: str, device: torch.device) -> Transformer:
     """The model in runs/NAME, made first if the recipe can."""
     if not (Path(cfg.runs) / name / "model.pt").exists():
         make(cfg, name)
-    announce(cfg, name)
+    announce(cfg.runs, name, cfg.seed, cfg.data)
     return load_model(Path(cfg.runs) / name, head, device)
 
 
@@ -671,12 +673,12 @@ def comparisons(cfg, context: int, device: torch.device) -> dict[str, list[dict]
             flags = {"seed": cfg.seed, "data": None, "answers of": of}
             write(folder / "config.json", json.dumps({"flags": flags}, indent=1) + "\n")
             write(folder / "comparisons.jsonl", "".join(lines))
-        announce(cfg, name)
+        announce(cfg.runs, name, cfg.seed, cfg.data)
         found[name] = read_jsonl(folder / "comparisons.jsonl", keys, context)
     return found
 
 
-def fitting(cfg, prompts: list[str], context: int) -> list[str]:
+def fit_prompts(cfg, prompts: list[str], context: int) -> list[str]:
     """The prompts, each once, after which cfg.max_new_tokens more fit into the context."""
     fits = [x for x in dict.fromkeys(prompts) if len(chat(x)) + cfg.max_new_tokens <= context]
     if not fits:
@@ -690,8 +692,8 @@ def read_prompts(cfg, context: int) -> tuple[list[str], list[str]]:
     rows = [{"prompt": prompt} for prompt in zoo.QUESTIONS]
     if cfg.data:
         rows = read_jsonl(cfg.data, ("prompt",), context)
-    sides = ([row["prompt"] for row in side] for side in split(rows, bool(cfg.data)))
-    train, held = (fitting(cfg, prompts, context) for prompts in sides)
+    sides = split(rows, bool(cfg.data))
+    train, held = (fit_prompts(cfg, [row["prompt"] for row in side], context) for side in sides)
     print(f"{len(train)} prompts to train on, {len(held)} held out")
     return train, held
 
@@ -719,13 +721,19 @@ def load_reward(cfg, source: str, device: torch.device) -> Reward:
         return model_reward(load_run(cfg, source, "scalar", device).requires_grad_(False))
     sys.path.insert(0, str(Path(file).parent))  # so that it can import its neighbours
     function = runpy.run_path(file)[name]
-    takes = inspect.signature(function).parameters
-    every = any(p.kind == p.VAR_KEYWORD for p in takes.values())
+    signature = inspect.signature(function)
+    every = any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
+    offered = ("prompts", "completions", "finished")
+    takes = [key for key in offered if every or key in signature.parameters]
+    try:
+        signature.bind(**dict.fromkeys(takes))
+    except TypeError as error:
+        fail(f"--reward {source}: {error}; it may take {', '.join(offered)}, by these names")
 
     def reward(prompts: list[str], rollout: Rollout) -> Tensor:
-        texts, finished = completions(rollout), rollout.finished.tolist()
-        given = dict(prompts=list(prompts), completions=list(texts), finished=finished)
-        values = list(function(**{k: v for k, v in given.items() if every or k in takes}))
+        texts = completions(rollout)
+        given = dict(zip(offered, (list(prompts), list(texts), rollout.finished.tolist())))
+        values = list(function(**{key: given[key] for key in takes}))
         if len(values) != len(texts):
             raise ValueError(f"{source}: {len(values)} numbers for {len(texts)} answers")
         for value, prompt, text in zip(values, prompts, texts):
@@ -815,7 +823,7 @@ def closing_table(cfg, names: list[str], reward, reward_name: str, prompts, devi
     print()
     for i, prompt in enumerate(found[names[0]]["prompts"][:3]):
         print(prompt)
-        for name in found.keys() & {cfg.init, cfg.out}:
+        for name in (x for x in dict.fromkeys((cfg.init, cfg.out)) if x in found):
             print(f"{name:>20}: {found[name]['answers'][4 * i]}")
     return found
 

@@ -164,14 +164,14 @@ def main(cfg: Config) -> None:
     rows = sum(common.comparisons(cfg, context, device).values(), [])
     rows, held = common.split(rows, bool(cfg.data))
 
+    asked = [row["prompt"] for row in held] if cfg.data else zoo.HELD_OUT_PROMPTS
+    prompts = common.fit_prompts(cfg, asked, context)
     common.seed_all(cfg.seed)
     random.shuffle(rows)  # so that --pairs takes from all sources alike
     rows = rows[: cfg.pairs]
     about = f"{cfg.loss}, β = {cfg.beta}, {len(rows)} comparisons, {len(held)} held out"
     print(f"{cfg.out}: {about}")
     train(cfg, policy, reference, rows)
-    own = common.fitting(cfg, [row["prompt"] for row in held], context)
-    prompts = own if cfg.data else zoo.HELD_OUT_PROMPTS
     names, reward = [cfg.ref, cfg.init, cfg.out], common.table_reward(cfg, device)
     common.closing_table(cfg, names, *reward, prompts, device)
 

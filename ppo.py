@@ -4,7 +4,7 @@
 
 A step, numbered as in `train`, symbol by symbol:
        symbol                 here                        made by
-    1  x (s_t), M prompts     asked                       draw
+    1  x (s_t), M prompts     x                           draw
        y (a_t), N for each x  tokens where mask is True   common.generate: one fused batch
     2  π (π^RL), π_old        old_logprobs                common.token_logprobs: one pass
        π_ref                  ref_logprobs                the same function, frozen weights
@@ -46,7 +46,6 @@ better reward model. trace.jsonl follows one prompt through training, symbol by 
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,17 +213,17 @@ def estimate_advantages(
 def train(cfg: Config, policy, reference, critic, reward_fn, prompts: list[str]) -> None:
     """Ascend J, and save to runs/`out`. critic is None where A needs no V."""
     optimizer, critic_optimizer = common.adam(policy), common.adam(critic) if critic else None
-    traces, show = [], ("reward", "kl", "J", "gold")
+    traces, show, v_loss = [], ("reward", "kl", "J", "gold"), None
     with common.Run(cfg, cfg.out, policy, cfg.steps, show) as run:
         for step, x in enumerate(draw(cfg, prompts)):
             # 1. x ~ prompts, y ~ π(·|x): N responses to each of M prompts, all in one batch.
-            #    [b] When y is over, the episode is.
+            #    [b] When y is over, the episode is
             asked = [prompt for prompt in x for _ in range(cfg.samples)]
             chats = [common.chat(prompt) for prompt in asked]
             rollout = common.generate(policy, chats, cfg.max_new_tokens)
             tokens, mask = rollout.tokens, rollout.response_mask
-            # 2. log π(y|x), log π_ref(y|x), r(x, y), V: one pass each.
-            #    V is read before the first response token; gae: before every one
+            # 2. log π(y|x), log π_ref(y|x), r(x, y), V: one pass each. V is read before the
+            #    first response token; for gae before every one
             value_mask = mask if cfg.estimator == "gae" else mask & (mask.cumsum(1) == 1)
             with torch.no_grad():
                 old_logprobs = common.token_logprobs(policy, tokens, mask)
@@ -234,24 +233,25 @@ def train(cfg: Config, policy, reference, critic, reward_fn, prompts: list[str])
                 if critic:
                     values = common.token_values(critic, tokens, value_mask)
             # 3. R = r − β kl: [c] one number for the whole response
-            known = old_logprobs, ref_logprobs, mask
-            returns, kl = response_return(reward, *known, cfg.beta)
-            # 4. A, the same for every token of y; gae: one for each
-            advantages, targets = estimate_advantages(cfg, reward, returns, values, *known)
-            # 5. K epochs of clipped minibatch updates. In the first, ρ = 1
+            returns, kl = response_return(reward, old_logprobs, ref_logprobs, mask, cfg.beta)
+            # 4. A, the same for every token of y; for gae one each
+            advantages, targets = estimate_advantages(
+                cfg, reward, returns, values, old_logprobs, ref_logprobs, mask
+            )
+            # 5. K epochs of clipped minibatch updates. In the first of them ρ = 1
             updates, lr = [], cfg.lr * (1 - step / cfg.steps)
             for _ in range(cfg.epochs):
                 order = torch.randperm(len(tokens)).to(tokens.device)
                 for i in order.tensor_split(cfg.minibatches):
                     logprobs = common.token_logprobs(policy, tokens[i], mask[i])
-                    given = logprobs, old_logprobs[i], advantages[i]
-                    loss = policy_loss(*given, mask[i], cfg.clip)
-                    norm, v_loss = common.descend(loss, policy, optimizer, lr), None
+                    old, A = old_logprobs[i], advantages[i]
+                    loss = policy_loss(logprobs, old, A, mask[i], cfg.clip)
+                    norm = common.descend(loss, policy, optimizer, lr)
                     if critic:
                         V = common.token_values(critic, tokens[i], value_mask[i])
                         v_loss = value_loss(V, targets[i], value_mask[i])
                         common.descend(v_loss, critic, critic_optimizer, lr)
-                    updates.append((*given, mask[i], loss, norm, v_loss))
+                    updates.append((logprobs, old, A, mask[i], loss, norm, v_loss))
             # 6. J = reward − β kl, and what else is worth watching
             row = measure(cfg, asked, rollout, reward, kl, old_logprobs, updates)
             row = run.log(**row, lr=lr)
@@ -259,9 +259,11 @@ def train(cfg: Config, policy, reference, critic, reward_fn, prompts: list[str])
             if step == 0:
                 check_start(cfg, row)
             if is_traced(cfg, step):
-                known = reward, kl, returns, values, old_logprobs, ref_logprobs, advantages
-                traces.append(trace(cfg, step, x[0], rollout, policy, *known))
-    lines = [json.dumps(step, ensure_ascii=False) + "\n" for step in traces]
+                numbers = dict(r=reward, kl=kl, R=returns)
+                columns = dict(logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+                columns |= dict(A=advantages.expand_as(mask), V=values)
+                traces.append(trace(cfg, step, asked, rollout, policy, numbers, columns))
+    lines = [json.dumps(traced, ensure_ascii=False) + "\n" for traced in traces]
     common.write(run.folder / "trace.jsonl", "".join(lines))
 
 
@@ -282,15 +284,13 @@ def draw(cfg: Config, prompts: list[str]) -> Iterator[list[str]]:
 
 @torch.no_grad()
 def measure(cfg: Config, asked, rollout, reward, kl, old_logprobs, updates) -> dict:
-    """The columns of metrics.csv."""
+    """The columns of metrics.csv. Those of the update are means over its minibatches."""
     mask, finished = rollout.response_mask, rollout.finished
     answers = zip(asked, common.completions(rollout), finished.tolist())
     gold = [zoo.gold_reward(*answer) for answer in answers]
-    ratios, clipped = [], []
-    for logprobs, old, A, on, *_ in updates:
-        ratios.append((logprobs - old).exp()[on])
-        clipped.append(surrogate(logprobs, old, A, cfg.clip)[1][on].float().mean())
-    losses, norms, v_losses = (list(column) for column in zip(*(x[4:] for x in updates)))
+    ratios = [(new - old).exp()[on] for new, old, _, on, *_ in updates]
+    off = [surrogate(new, old, A, cfg.clip)[1][on] for new, old, A, on, *_ in updates]
+    *_, losses, norms, v_losses = zip(*updates)
     return {
         "reward": reward.mean(),  # mean r(x, y)
         "kl": kl.mean(),  # mean Σ_t (log π − log π_ref): KL(π ‖ π_ref), nats per response
@@ -300,35 +300,32 @@ def measure(cfg: Config, asked, rollout, reward, kl, old_logprobs, updates) -> d
         "finished": finished.float().mean(),  # share that ended with EOS
         "entropy": -old_logprobs.sum() / mask.sum(),  # mean −log π, nats per token
         "sampler_gap": (old_logprobs - rollout.logprobs).abs().max(),  # as scored − as sampled
-        "policy_loss": torch.stack(losses).mean(),  # this and the following: of all updates
+        "policy_loss": torch.stack(losses).mean(),
         "value_loss": None if v_losses[0] is None else torch.stack(v_losses).mean(),
         "grad_norm": torch.stack(norms).mean(),  # of the policy, before clipping
-        "clipped": torch.stack(clipped).mean(),  # share of tokens without gradient
-        "ratio_max": torch.cat(ratios).max(),  # the largest ρ
+        "clipped": torch.stack([x.float().mean() for x in off]).mean(),  # tokens, no gradient
+        "ratio_max": torch.cat(ratios).max(),  # the largest ρ of all
         "first_update_ratio": torch.maximum(ratios[0], 1 / ratios[0]).max(),  # must be 1
     }
 
 
 @torch.no_grad()
-def trace(
-    cfg: Config, step, x, rollout, policy, reward, kl, returns, values, old, ref, advantages
-) -> dict:
-    """What the traced prompt x, the first of the batch, went through in a step: its N answers
-    with the tensors of the update itself, and ρ as the update left it."""
+def trace(cfg: Config, step: int, asked, rollout, policy, numbers: dict, columns: dict) -> dict:
+    """What the traced prompt, the first of the batch, went through in a step: its N answers,
+    with numbers (B,) and columns (B, T) of the update itself, and ρ as the update left it."""
     tokens, mask = rollout.tokens[: cfg.samples], rollout.response_mask[: cfg.samples]
-    old, A = old[: cfg.samples], advantages[: cfg.samples].expand_as(mask)
-    new, answers = common.token_logprobs(policy, tokens, mask), []
-    ratio, clipped = (new - old).exp(), surrogate(new, old, A, cfg.clip)[1]
-    columns = dict(tokens=tokens, logprobs=old, ref_logprobs=ref, A=A, V=values, ratio=ratio)
-    columns |= dict(clipped=clipped)
-    for i, on in enumerate(mask):
-        numbers = {"r": reward[i], "kl": kl[i], "R": returns[i]}
-        answer = {"text": common.completions(rollout)[i], "finished": bool(rollout.finished[i])}
-        answer |= {key: round(value.item(), 4) for key, value in numbers.items()}
+    old, A = columns["logprobs"][: cfg.samples], columns["A"][: cfg.samples]
+    new = common.token_logprobs(policy, tokens, mask)
+    clipped = surrogate(new, old, A, cfg.clip)[1]
+    columns = dict(tokens=tokens, **columns, ratio=(new - old).exp(), clipped=clipped)
+    answers = []
+    for i, text in enumerate(common.completions(rollout)[: cfg.samples]):
+        answer = {"text": text, "finished": bool(rollout.finished[i])}
+        answer |= {key: round(number[i].item(), 4) for key, number in numbers.items()}
         for key, column in columns.items():
-            answer[key] = [round(value, 4) for value in column[i][on].tolist()]
+            answer[key] = [round(x, 4) for x in column[i][mask[i]].tolist()]
         answers.append(answer)
-    return {"step": step, "prompt": x, "answers": answers}
+    return {"step": step, "prompt": asked[0], "answers": answers}
 
 
 def check_start(cfg: Config, row: dict[str, float]) -> None:
@@ -367,7 +364,7 @@ def main(cfg: Config) -> None:
     train(cfg, policy, reference, critic, reward_fn, prompts)
     names = [cfg.ref, cfg.init, cfg.out]
     common.closing_table(cfg, names, reward_fn, source, held, device)
-    print(f"\nlook: python -m tools.report --runs {os.path.relpath(cfg.runs)}")
+    print(f"\npython -m tools.report --runs {cfg.runs} shows what happened")
 
 
 if __name__ == "__main__":

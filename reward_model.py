@@ -116,8 +116,9 @@ def train(cfg: Config, model: Transformer, rows: list[dict]) -> None:
 def center(cfg: Config, model: Transformer, rows: list[dict]) -> None:
     """Set the offset so that demonstrations score 0 in the mean: the zoo's, or for your own
     data the chosen answers."""
-    demonstrations = [common.answer_ids(row) for row in zoo.demonstrations(1000, cfg.seed)]
-    chosen = [common.answer_ids(row, "chosen") for row in rows[:1000]]
+    n = 32 * cfg.batch
+    demonstrations = [common.answer_ids(row) for row in zoo.demonstrations(n, cfg.seed)]
+    chosen = [common.answer_ids(row, "chosen") for row in rows[:n]]
     tokens, mask = common.collate(chosen if cfg.data else demonstrations, model.device)
     model.offset += common.score(model, tokens, mask).mean()
 
@@ -153,6 +154,7 @@ def show(cfg: Config, model: Transformer, held: dict[str, list[dict]]) -> None:
     if cfg.out != Config.out and (default / "model.pt").exists():
         judges[Config.out] = common.load_model(default, "scalar", model.device)
     for source, rows in held.items():
+        rows = rows[: 32 * cfg.batch]
         print(f"\n{len(rows)} held-out pairs of {source}")
         for name, judge in judges.items():
             numbers = "  ".join(f"{k} {v:.3f}" for k, v in accuracies(judge, rows).items())
@@ -174,6 +176,8 @@ def main(cfg: Config) -> None:
         train_rows, held[source] = common.split(pairs, bool(cfg.data))
         rows += train_rows
 
+    asked = [row["prompt"] for side in held.values() for row in side]
+    prompts = common.fit_prompts(cfg, asked if cfg.data else zoo.HELD_OUT_PROMPTS, context)
     common.seed_all(cfg.seed)
     random.shuffle(rows)  # so that --pairs takes from all sources alike
     rows, model = rows[: cfg.pairs], common.scalar_copy(policy)
@@ -182,8 +186,7 @@ def main(cfg: Config) -> None:
     train(cfg, model, rows)
 
     show(cfg, model, held)
-    own = common.fitting(cfg, [x["prompt"] for side in held.values() for x in side], context)
-    prompts, reward = own if cfg.data else zoo.HELD_OUT_PROMPTS, common.model_reward(model)
+    reward = common.model_reward(model)
     common.closing_table(cfg, [cfg.init], reward, cfg.out, prompts, device)
 
 

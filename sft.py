@@ -114,8 +114,9 @@ def make_base(cfg: Config, text: str, device: torch.device) -> None:
     widths = dict(channels=C, hidden=C * 11 // 4, heads=heads, kv_heads=heads)
     model = Transformer(common.ModelConfig(layers=cfg.layers, context=cfg.context, **widths))
     tokens, mask = (x.to(device) for x in raw_windows(text))
-    cut = max(1, len(tokens) * 19 // 20)  # the end of the text is held out
-    rows, held = (tokens[:cut], mask[:cut]), (tokens[cut - 1 :][-256:], mask[cut - 1 :][-256:])
+    cut = len(tokens) * 19 // 20 or 1  # the end of the text is held out, if there is one
+    end = slice(cut, cut + 256) if cut < len(tokens) else slice(1)
+    rows, held = (tokens[:cut], mask[:cut]), (tokens[end], mask[end])
     train(cfg, "base", model.to(device), rows, held, cfg.base_lr, cfg.base_steps)
 
 
@@ -135,6 +136,8 @@ def main(cfg: Config) -> None:
     else:
         train_rows = zoo.demonstrations(cfg.demonstrations, cfg.seed)
         held_rows = zoo.demonstrations(cfg.demonstrations // 5 + 1, cfg.seed, held_out=True)
+    asked = [row["prompt"] for row in held_rows] if cfg.data else zoo.HELD_OUT_PROMPTS
+    prompts = common.fit_prompts(cfg, asked, context)
     if new_base:
         text = zoo.raw_text(cfg.seed)
         if cfg.raw:
@@ -144,15 +147,12 @@ def main(cfg: Config) -> None:
         make_base(cfg, text, device)
     model = common.load_run(cfg, cfg.init, "lm", device)
 
-    about = f"{len(train_rows)} rows, {len(held_rows)} held out"
-    print(f"{cfg.out}: instruction tuning on {about}")
+    print(f"{cfg.out}: instruction tuning on {len(train_rows)} rows, {len(held_rows)} held out")
     common.seed_all(cfg.seed)
     rows, held = (common.collate([common.answer_ids(row) for row in side], device)
-                  for side in (train_rows, held_rows[:512]))  # fmt: skip
+                  for side in (train_rows, held_rows[: 8 * cfg.batch]))  # fmt: skip
     train(cfg, cfg.out, model, rows, held, cfg.lr, cfg.steps)
 
-    own = common.fitting(cfg, [row["prompt"] for row in held_rows], context)
-    prompts = own if cfg.data else zoo.HELD_OUT_PROMPTS
     ref = "sft" if (Path(cfg.runs) / "sft/model.pt").exists() else cfg.out
     reward = common.table_reward(cfg, device)
     common.closing_table(cfg, [ref, cfg.init, cfg.out], *reward, prompts, device)

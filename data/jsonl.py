@@ -38,13 +38,13 @@ def read_row(line: str, keys: tuple[str, ...]) -> dict:
 
 
 def read(path: str | Path, keys: tuple[str, ...]) -> dict[int, dict]:
-    """Line number -> row of a UTF-8 file. A line that is no row raises ValueError, which names
-    file and line."""
+    """Line number -> row of a UTF-8 file, with or without a byte order mark. A line that is no
+    row raises ValueError, which names file and line."""
     rows = {}
-    for number, line in enumerate(Path(path).read_text("utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         try:
             if line.strip():
-                rows[number] = read_row(line, keys)
+                rows[number] = read_row(line.decode("utf-8-sig"), keys)
         except ValueError as error:
             wanted = f"a line is a JSON object of {', '.join(keys)}"
             raise ValueError(f"{path}:{number}: {error}; {wanted}") from error
