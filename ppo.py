@@ -263,8 +263,8 @@ def train(cfg: Config, policy, reference, critic, reward_fn, prompts: list[str])
                 columns = dict(logprobs=old_logprobs, ref_logprobs=ref_logprobs)
                 columns |= dict(A=advantages.expand_as(mask), V=values)
                 traces.append(trace(cfg, step, asked, rollout, policy, numbers, columns))
-    lines = [json.dumps(traced, ensure_ascii=False) + "\n" for traced in traces]
-    common.write(run.folder / "trace.jsonl", "".join(lines))
+        lines = [json.dumps(traced, ensure_ascii=False) + "\n" for traced in traces]
+        common.write(run.folder / "trace.jsonl", "".join(lines))
 
 
 def is_traced(cfg: Config, step: int) -> bool:
@@ -273,7 +273,7 @@ def is_traced(cfg: Config, step: int) -> bool:
 
 
 def draw(cfg: Config, prompts: list[str]) -> Iterator[list[str]]:
-    """M prompts for each step, none a second time before all were asked. But the first of a
+    """M prompts for each step, none a second time before all were asked; but the first of a
     traced step is always the same one, so that its answers can be watched as they change."""
     stream = common.shuffled(prompts)
     traced = next(stream)

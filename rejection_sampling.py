@@ -150,8 +150,8 @@ def train(cfg: Config, policy, reference, reward_fn, prompts: list[str]) -> None
                 lr = cfg.lr * (1 - step / cfg.steps)
                 norm = common.descend(loss, policy, optimizer, lr)
                 run.log(**about, loss=loss, grad_norm=norm, lr=lr)
-    lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in kept]
-    common.write(run.folder / "selected.jsonl", "".join(lines))
+        lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in kept]
+        common.write(run.folder / "selected.jsonl", "".join(lines))
 
 
 @torch.no_grad()

@@ -148,23 +148,21 @@ def accuracies(model: Transformer, rows: list[dict]) -> dict[str, float]:
 
 
 def show(cfg: Config, model: Transformer, held: dict[str, list[dict]]) -> None:
-    """Print the accuracies on held-out pairs, source by source, beside those of the default
+    """Of each source, print the accuracies on held-out pairs, beside those of the default
     reward model; and three of the pairs with the score of each answer."""
     judges, default = {cfg.out: model}, Path(cfg.runs) / Config.out
     if cfg.out != Config.out and (default / "model.pt").exists():
         judges[Config.out] = common.load_model(default, "scalar", model.device)
     for source, rows in held.items():
-        rows = rows[: 32 * cfg.batch]
         print(f"\n{len(rows)} held-out pairs of {source}")
         for name, judge in judges.items():
             numbers = "  ".join(f"{k} {v:.3f}" for k, v in accuracies(judge, rows).items())
             print(f"{name:>20}: {numbers}")
-    with torch.no_grad():
-        scores = pair_scores(model, *common.encode_pairs(rows[:3], model.device))
-    for row, r_c, r_r in zip(rows, *(side.tolist() for side in scores)):
-        print(
-            f"{row['prompt']}\n{r_c:+20.2f}: {row['chosen']}\n{r_r:+20.2f}: {row['rejected']}"
-        )
+        with torch.no_grad():
+            scores = pair_scores(model, *common.encode_pairs(rows[:3], model.device))
+        for row, r_c, r_r in zip(rows, *(side.tolist() for side in scores)):
+            print(f"{row['prompt']}\n{r_c:+20.2f}: {row['chosen']}")
+            print(f"{r_r:+20.2f}: {row['rejected']}")
 
 
 def main(cfg: Config) -> None:
@@ -173,8 +171,10 @@ def main(cfg: Config) -> None:
     context = policy.config.context
     rows, held = [], {}
     for source, pairs in common.comparisons(cfg, context, device).items():
-        train_rows, held[source] = common.split(pairs, bool(cfg.data))
+        train_rows, held_rows = common.split(pairs, bool(cfg.data))
         rows += train_rows
+        if held_rows:
+            held[source] = held_rows[: 32 * cfg.batch]
 
     asked = [row["prompt"] for side in held.values() for row in side]
     prompts = common.fit_prompts(cfg, asked if cfg.data else zoo.HELD_OUT_PROMPTS, context)

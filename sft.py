@@ -122,11 +122,12 @@ def make_base(cfg: Config, text: str, device: torch.device) -> None:
 
 def main(cfg: Config) -> None:
     device = common.pick_device(cfg.device)
-    of_base = ("raw", "base_steps", "base_lr", "layers", "channels", "context")
-    new_base = cfg.init == "base" and (
-        any(getattr(cfg, flag) != getattr(Config, flag) for flag in of_base)
-        or not (Path(cfg.runs) / "base/model.pt").exists()
-    )
+    flags = ("raw", "base_steps", "base_lr", "layers", "channels", "context")
+    changed = [flag for flag in flags if getattr(cfg, flag) != getattr(Config, flag)]
+    if changed and cfg.init != "base":
+        common.fail(f"--{changed[0].replace('_', '-')} is about base, and --init is {cfg.init}")
+    there = (Path(cfg.runs) / "base/model.pt").exists()
+    new_base = cfg.init == "base" and (bool(changed) or not there)
     context = cfg.context
     if not new_base:
         context = common.load_run(cfg, cfg.init, "lm", device).config.context
@@ -144,6 +145,8 @@ def main(cfg: Config) -> None:
             text = Path(cfg.raw).read_text("utf-8-sig")
         elif cfg.data:
             text = "\n".join(f"{row['prompt']}\n{row['completion']}" for row in train_rows)
+        if not text.strip():
+            common.fail(f"{cfg.raw} is empty")
         make_base(cfg, text, device)
     model = common.load_run(cfg, cfg.init, "lm", device)
 

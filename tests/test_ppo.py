@@ -1,17 +1,16 @@
-"""ppo.py: each formula by hand, what `update` differentiates against exact expectations in
-the enumerable world, then whole runs: every column, every flag, trace.txt.
+"""ppo.py: each formula by hand, what `train` ascends against exact expectations in the
+enumerable world, whole runs against a slow replay, then prompts, flags and start checks.
 
-Claims about gradients are about what `update` differentiates; gradient clipping and Adam,
-which come after, have no part in them. An exact expectation is one call of `collect` and
-`update` on every completion, or n-tuple, with the advantages times B · π(y|x).
+Gradients, and the losses of the replay, are compared up to the one positive factor by which
+`aggregate` may scale them; two tests know that factor.
 """
 
-import copy
-import itertools
 import json
+import random
 import re
-import zlib
+from collections import Counter, defaultdict
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny as world
@@ -21,10 +20,10 @@ from torch import Tensor
 
 import common
 import ppo
-from common import EOS, Rollout, Transformer
+from common import EOS, Transformer
+from data import zoo
 
 ESTIMATORS = ("value", "rloo", "grpo", "reinforce", "gae")
-CPU = torch.device("cpu")
 
 
 def row_logp(model, x: list[int], y: list[int]) -> Tensor:
@@ -34,23 +33,26 @@ def row_logp(model, x: list[int], y: list[int]) -> Tensor:
 
 
 def row_values(critic, x: list[int], y: list[int]) -> Tensor:
-    """V(x, y_<t), (len(y),): one unpadded row, which ends before y_t."""
-    prefixes = [torch.tensor([x + y[:t]]) for t in range(len(y))]
-    return torch.stack([critic(prefix)[0, -1] for prefix in prefixes])
+    """V(x, y_<t), (len(y),): one unpadded row, which ends before the last token."""
+    return critic(torch.tensor([x + y[:-1]]))[0, len(x) - 1 :]
 
 
-def parts(batch) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, response ids) of every row."""
-    rows = zip(batch.tokens.tolist(), batch.response_mask.tolist())
-    return [
-        (ids[: on.index(True)], [token for token, response in zip(ids, on) if response])
-        for ids, on in rows
-    ]
+def plain_gae(r: list[float], v: list[float], gamma: float, lam: float) -> list[float]:
+    """A_t = Σ_l (γλ)^l δ_{t+l} of one response, summed anew for each t."""
+    v, T = [*v, 0.0], range(len(r))
+    delta = [r[t] + gamma * v[t + 1] - v[t] for t in T]
+    return [sum((gamma * lam) ** (s - t) * delta[s] for s in T[t:]) for t in T]
 
 
 # ------------------------------------------------------------------------ the maths, by hand
 
 MASK = torch.tensor([[0, 1, 1, 1, 0], [0, 0, 0, 1, 0], [0, 0, 1, 1, 1]]).bool()
+
+
+def test_a_cut_response_is_scored_like_any_other():
+    """A penalty, or a sign, that nobody asked for."""
+    score, finished = torch.tensor([1.5, -2, 0]), torch.tensor([True, False, False])
+    assert ppo.shaped_reward(score, finished).tolist() == [1.5, -2, 0]
 
 
 def test_return_by_hand():
@@ -69,114 +71,87 @@ def test_return_by_hand():
 
 
 def test_rloo_by_hand():
-    """The sample's own return in its baseline; groups across prompts."""
+    """The sample's own return in its baseline; groups across prompts; another n."""
     returns = torch.tensor([1.0, 2, 6, 0, 0, 30])
     assert ppo.rloo(returns, 3).tolist() == pytest.approx([-3, -1.5, 4.5, -15, -15, 30])
     assert ppo.rloo(returns, 2).tolist() == pytest.approx([-1, 1, 6, -6, -30, 30])
-    assert ppo.rloo(torch.full((8,), 1 / 3), 4).tolist() == [0] * 8
 
 
 def test_grpo_by_hand():
-    """Sample std for population std; std over the batch; a scale or shift that matters;
-    equal returns, whose rounding over a std of rounding would be an advantage of size 1."""
+    """Sample std for population std; std over the batch; an ε beside it; returns that are
+    equal up to rounding, whose std of rounding would make an advantage of size 1; a bound on
+    rounding that swallows real differences, looks at another group, or at one sign."""
     returns = torch.tensor([1.0, 3, 5, 5, 0, 100])
-    assert ppo.grpo(returns, 2).tolist() == pytest.approx([-1, 1, 0, 0, -1, 1])
+    assert ppo.grpo(returns, 2).tolist() == [-1, 1, 0, 0, -1, 1]
     by_threes = ppo.grpo(returns, 3)[:3].tolist()
     assert by_threes == pytest.approx([-(1.5**0.5), 0, 1.5**0.5])
-    equal = torch.tensor([0.1] * 7 + [1e6 / 3] * 7)
-    assert ppo.grpo(equal, 7).tolist() == [0] * 14
+    near = torch.tensor([1e-3, 2e-3, 1, 1.0001, -1, -1.0001, 1e6, 2e6])
+    assert ppo.grpo(near, 2).tolist() == pytest.approx([-1, 1, -1, 1, 1, -1, -1, 1], rel=1e-2)
+    for level in (0.1, -7.3, 1e6 / 3, 0.0):
+        tied = torch.full((7,), level)
+        nearly = tied * torch.tensor([1, 1 + 2e-7, 1 - 2e-7, 1, 1, 1, 1 + 1e-7])
+        assert ppo.grpo(torch.cat([tied, nearly]), 7).abs().max() < 1e-6
 
 
 def test_gae_by_hand():
-    """γ or λ left out, or for one another; V of a pad after the end; credit from a pad."""
-    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]]).bool()
-    rewards = torch.tensor([[0.0, 1, 2, 0], [0, 0, 3, 4]])
-    values = torch.tensor([[70.0, 6, 8, 90], [70, 80, 2, 6]])
-    advantages, targets = ppo.gae(rewards, values, mask, gamma=0.5, lam=0.25)
-    # δ = 1 + 8/2 − 6, 2 − 8;   3 + 6/2 − 2, 4 − 6
-    expected = torch.tensor([[0, -1 - 6 / 8, -6, 0], [0, 0, 4 - 2 / 8, -2]])
-    torch.testing.assert_close(advantages, expected)
-    torch.testing.assert_close(targets, expected + values * mask)
+    """γ or λ left out, or one for the other; V of a pad after the end; credit from a pad;
+    targets that are not A + V. By hand, then against the O(T²) definition."""
+    assert plain_gae([1, 2], [6, 8], 0.5, 0.25) == [1 + 8 / 2 - 6 + (2 - 8) / 8, 2 - 8]
+    noise = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 3, 5, generator=noise, dtype=torch.float64)
+    for gamma, lam in ((1.0, 1.0), (1.0, 0.0), (1.0, 0.7), (0.9, 0.6)):
+        advantages, targets = ppo.gae(rewards * MASK, values, MASK, gamma, lam)
+        for i, on in enumerate(MASK):
+            plain = plain_gae(rewards[i][on].tolist(), values[i][on].tolist(), gamma, lam)
+            assert advantages[i][on].tolist() == pytest.approx(plain)
+        assert not advantages[~MASK].any()
+        torch.testing.assert_close(targets[MASK], (advantages + values)[MASK])
 
 
-def by_hand(estimator: str) -> tuple[ppo.Config, ppo.Batch]:
-    """A batch of 4 ragged rows, 2 prompts × 2 samples; V is far from 0 at every position."""
-    generator = torch.Generator().manual_seed(1)
-    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 1, 1], [0, 1, 1, 1]]).bool()
-    logprobs, ref = torch.randn(2, 4, 4, generator=generator) * mask
-    values = torch.arange(16.0).view(4, 4) + 10
-    score = torch.tensor([1.0, 2, 3, 7])
-    returns, kl = ppo.response_return(score, logprobs, ref, mask, 0.5)
-    tokens = torch.randint(4, 300, (4, 4), generator=generator)
-    batch = ppo.Batch(tokens, mask, logprobs, ref, score, returns, kl, mask, values, {})
-    return ppo.Config(estimator=estimator, samples=2, beta=0.5, lam=0.5), batch
+RATIO = [1.3, 0.7, 1.1, 0.9, 9, 0.1]
+SURROGATE = {  # A: what each ratio adds, and where no gradient is left: good and already
+    2.0: ([2.4, 1.4, 2.2, 1.8, 2.4, 0.2], [1, 0, 0, 0, 1, 0]),  # likelier, or bad and
+    -1.0: ([-1.3, -0.8, -1.1, -0.9, -9, -0.8], [0, 1, 0, 0, 0, 1]),  # already less likely
+    0.0: ([0.0] * 6, [0] * 6),
+}
 
 
-def advantages_by_hand(cfg, batch) -> list[list[float]]:
-    """A of every response token of every row, from the definitions."""
-    R, n = batch.returns.tolist(), cfg.samples
-    known = zip(batch.reward, batch.old_logprobs, batch.ref_logprobs, batch.values)
-    answers = []
-    for i, (on, (r, logp, ref, v)) in enumerate(zip(batch.response_mask, known)):
-        group = R[i - i % n : i - i % n + n]
-        mean = sum(group) / n
-        if cfg.estimator == "gae":
-            r_t, v = (-cfg.beta * (logp - ref)[on]).tolist(), [*v[on].tolist(), 0.0]
-            r_t[-1] += r.item()
-            delta = [r_t[t] + v[t + 1] - v[t] for t in range(len(r_t))]
-            later = [delta[t:] for t in range(len(delta))]
-            answers.append([sum(cfg.lam**k * d for k, d in enumerate(x)) for x in later])
-            continue
-        spread = (sum((x - mean) ** 2 for x in group) / n) ** 0.5
-        advantage = {
-            "reinforce": R[i],
-            "value": R[i] - v[on][0].item(),
-            "rloo": R[i] - (sum(group) - R[i]) / max(1, n - 1),
-            "grpo": (R[i] - mean) / (spread or 1),
-        }[cfg.estimator]
-        answers.append([advantage] * int(on.sum()))
-    return answers
+@pytest.mark.parametrize("a", SURROGATE)
+def test_surrogate_in_all_four_quadrants(a):
+    """A clip split by the sign of A, max for min, the ratio inverted, an ε on one side; a
+    token called clipped for its ratio alone, or whose gradient lives."""
+    ratio, (value, off) = torch.tensor([RATIO, RATIO]), SURROGATE[a]
+    old = torch.tensor([[-1.0], [-2.5]]).expand(2, 6)
+    for given in (torch.full((2, 1), a), torch.full((2, 6), a)):
+        logprobs = (ratio.log() + old).requires_grad_()
+        per_token, clipped = ppo.surrogate(logprobs, old, given, 0.2)
+        torch.testing.assert_close(per_token, torch.tensor([value, value]))
+        assert clipped.dtype == torch.bool
+        assert clipped.long().tolist() == [off, off]
+        per_token.sum().backward()
+        torch.testing.assert_close(logprobs.grad, a * ratio * ~clipped)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_each_estimator_has_its_own_baseline(estimator):
-    """V read at a pad, at the prompt's start, or after the action; a baseline of another
-    prompt's answers; λ, β or N that do not reach the formula; another estimator's branch."""
-    cfg, batch = by_hand(estimator)
-    advantages = ppo.estimate_advantages(estimator, cfg, batch)
-    assert advantages.shape == ((4, 4) if estimator == "gae" else (4, 1))
-    rows = zip(advantages.expand(4, 4), batch.response_mask)
-    found = [row[on].tolist() for row, on in rows]
-    for mine, theirs in zip(found, advantages_by_hand(cfg, batch), strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-5)
+def test_aggregate_by_hand():
+    """A mean over tokens, of the batch or of each response; a pad that counts."""
+    per_token = torch.tensor([[1.0, 2, 90], [4, 90, 90]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert ppo.aggregate(per_token, mask).item() == pytest.approx((1 + 2 + 4) / 2)
 
 
 def test_policy_loss_by_hand():
-    """A mean over tokens for the sum over a response's tokens; padding counted; a sign."""
-    old = torch.zeros(2, 3)
-    logprobs = torch.tensor([[1.1, 1.5, 9], [0.5, 9, 9]]).log()
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    loss = ppo.policy_loss(logprobs, old, torch.tensor([[2.0], [-4]]), mask, 0.2)
-    assert loss.item() == pytest.approx(-((1.1 + 1.2) * 2 + 0.8 * -4) / 2)
-    a = torch.tensor([[2.0, 1, 7], [-4, 7, 7]])  # gae: an advantage per token
-    loss = ppo.policy_loss(logprobs, old, a, mask, 0.2)
-    assert loss.item() == pytest.approx(-((1.1 * 2 + 1.2) + 0.8 * -4) / 2)
-
-
-def test_a_token_counts_as_clipped_where_its_gradient_is_off():
-    """A clip split by the sign of A has its gradient on exactly where PPO turns it off; and
-    `clipped` once counted every ρ outside 1 ± ε, also those whose gradient lives."""
-    ratio = torch.tensor([[1.3, 0.7, 1.1, 0.9, 9, 0.1, 1.3, 0.7]])
-    # good and already likelier, or bad and already less likely: no more gradient
-    off = {1.0: [1, 0, 0, 0, 1, 0, 1, 0], -1.0: [0, 1, 0, 0, 0, 1, 0, 1], 0.0: [0] * 8}
-    for a, expected in off.items():
-        logprobs, advantage = ratio.log().requires_grad_(), torch.tensor([[a]])
-        mask = torch.tensor([[True] * 6 + [False] * 2])
-        ppo.policy_loss(logprobs, 0 * ratio, advantage, mask, 0.2).backward()
-        on = 1 - torch.tensor([expected])
-        torch.testing.assert_close(logprobs.grad, -a * ratio * on * mask)
-        for given in (advantage, advantage.expand(1, 8)):
-            assert ppo.is_clipped(ratio, given, 0.2).long().tolist() == [expected]
+    """A sign; A of another row; --clip or the mask that does not arrive."""
+    ratio, mask = (
+        torch.tensor([[1.1, 1.5, 9], [0.5, 9, 9]]),
+        torch.tensor([[1, 1, 0], [1, 0, 0]]),
+    )
+    for a, each in (
+        ([[2.0], [-4]], [[2.1, 2.1, 0], [-3.8, 0, 0]]),
+        ([[2.0, 1, 7], [-4, 7, 7]], [[2.1, 1.05, 0], [-3.8, 0, 0]]),
+    ):
+        loss = ppo.policy_loss(ratio.log(), 0 * ratio, torch.tensor(a), mask.bool(), 0.05)
+        expected = -ppo.aggregate(torch.tensor(each), mask.bool())
+        torch.testing.assert_close(loss, expected)
 
 
 def test_value_loss_by_hand():
@@ -193,135 +168,139 @@ CRITIC = world.transformer(3, "scalar")
 BETA = 0.7
 RANDOM = torch.Generator().manual_seed(0)
 R = torch.randn(3, 40, generator=RANDOM, dtype=torch.float64)
-TIED = torch.randint(3, (3, 40), generator=RANDOM).double()  # many completions are as good
+TIED = torch.randint(3, (3, 13), generator=RANDOM).double()  # many completions are as good
 
 
-def config(estimator: str, **flags) -> ppo.Config:
-    given = dict(beta=BETA, epochs=1, minibatches=1, max_new_tokens=LONGEST) | flags
-    return ppo.Config(estimator=estimator, **given)
+@pytest.fixture
+def expect(monkeypatch, tmp_path):
+    """expect(estimator, r, …): `train` on every n-tuple of completions of every prompt, with
+    advantages weighed by the tuple's probability, so that a mean over rows is an expectation.
+    Gives returns, kl and A of the rows, their weight, and along what `train` ascends: no step
+    moves a weight, but after the first `moved` takes the policy's place. With learn=True all
+    is done as usual."""
+
+    def run(
+        estimator, r, n=1, longest=LONGEST, names=NAMES, policy=POLICY, reference=REFERENCE,
+        critic=CRITIC, moved=None, times=lambda returns: 1.0, learn=False, **flags,
+    ):  # fmt: skip
+        made, which = world.completions(longest), world.tuples(n, longest)
+        r = r[:, : len(made)]
+        found, honest = SimpleNamespace(ascent=[]), SimpleNamespace(**vars(ppo))
+
+        def generate(model, chats, limit):
+            chats, rows, logp, weight, seen = [*map(tuple, chats)], [], [], [], Counter()
+            law = {x: world.token_logp(model, [*x], longest).detach() for x in {*chats}}
+            for x in chats:
+                ys, place = which[seen[x] // n], seen[x] % n
+                rows.append(([*x], made[ys[place]]))
+                logp.append(law[x][ys[place]][: len(made[ys[place]])])
+                weight.append(len(which) * law[x][ys].sum().exp())
+                seen[x] += 1
+            rollout = world.listed(rows)
+            rollout.logprobs[rollout.response_mask] = torch.cat(logp)
+            found.weight = torch.stack(weight)
+            return rollout
+
+        def response_return(*given):
+            found.returns, found.kl = honest.response_return(*given)
+            return found.returns, found.kl
+
+        def estimate_advantages(*given):
+            found.A, targets = honest.estimate_advantages(*given)
+            return found.A * (found.weight * times(found.returns))[:, None], targets
+
+        def descend(loss, model, *_):
+            gradient = world.gradient(loss, model)
+            if model is policy:
+                found.ascent.append(-gradient)
+                policy.load_state_dict((moved or policy).state_dict())
+            return gradient.norm()
+
+        cfg = dict(beta=BETA, steps=1, epochs=1, minibatches=1, lam=1.0) | flags
+        cfg |= dict(samples=n, prompts=len(which) * len(names), max_new_tokens=longest)
+        cfg |= dict(estimator=estimator, init="here", ref="there", runs=str(tmp_path))
+        critic = critic if estimator in ("value", "gae") else None
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "chat", world.chat)
+            patch.setattr(common, "generate", generate)
+            patch.setattr(ppo, "response_return", response_return)
+            patch.setattr(ppo, "estimate_advantages", estimate_advantages)
+            if not learn:
+                patch.setattr(common, "descend", descend)
+            reward = world.Table(r, longest)
+            ppo.train(ppo.Config(**cfg), policy, reference, critic, reward, names * len(which))
+        return found
+
+    return run
 
 
-def collected(
-    cfg, r, policy=POLICY, critic=CRITIC, longest=LONGEST, reference=REFERENCE, names=NAMES
-):
-    """The Batch that ppo.collect makes of all n-tuples of completions, n = cfg.samples, and
-    what each row must be multiplied by to make means over rows exact expectations."""
-    made, which = world.completions(longest), world.tuples(cfg.samples, longest)
-    prompts = [world.chat(name) for name in names]
-    rows = [(x, made[i]) for x in prompts for i in which.flatten().tolist()]
-    names = [name for name in names for _ in which]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "chat", world.chat)
-        patch.setattr(common, "generate", lambda *_: world.listed(rows))
-        reward = world.Table(r, longest)
-        batch = ppo.collect(cfg, names, policy, reference, critic, reward)
-    p = world.logp(policy, prompts, longest).detach().exp()
-    weight = len(which) * p[:, which].prod(-1)  # (3, 40ⁿ)
-    return batch, weight.flatten().repeat_interleave(cfg.samples)
-
-
-def updates(cfg, batch, weight: Tensor, policy=POLICY, critic=CRITIC, moved=None) -> list:
-    """(loss, gradient) of every step that ppo.update takes, in expectation: the policy's,
-    then the critic's. No step changes a weight, but `moved` takes the policy's place."""
-    steps, token_values = [], common.token_values
-    advantages = ppo.estimate_advantages(cfg.estimator, cfg, batch)
-    weighted = advantages * weight[:, None]
-    batch = replace(
-        batch,
-        values=batch.values + advantages - weighted,  # so that A + V, the target, is as it was
-        value_mask=batch.value_mask * weight[:, None],  # in value_loss the weights; else a mask
-    )
-
-    def record(loss, model, *_):
-        steps.append((loss.item(), world.gradient(loss, model)))
-        if moved is not None:
-            model.load_state_dict(moved.state_dict())
-        return loss.detach()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "token_values", lambda c, t, mask: token_values(c, t, mask > 0))
-        patch.setattr(common, "descend", record)
-        ppo.update(cfg, batch, weighted, policy, critic, [None, None], 0.0)
-    return steps
-
-
-def ascent(cfg, batch, weight: Tensor, critic=CRITIC) -> Tensor:
-    """E of what the policy ascends along at ratio 1."""
-    return -updates(cfg, batch, weight, critic=critic)[0][1]
-
-
-def ascended(cfg, r: Tensor, longest: int = LONGEST) -> Tensor:
-    critic = CRITIC if cfg.estimator in ("value", "gae") else None
-    return ascent(cfg, *collected(cfg, r, critic=critic, longest=longest), critic)
+def along(found: Tensor, direction: Tensor) -> float:
+    """How far apart two gradients are, up to a positive factor."""
+    factor = (found @ direction) / (direction @ direction)
+    return world.apart(found / factor, direction) if factor > 0 else float("inf")
 
 
 def exact(r: Tensor, beta: float = BETA, longest: int = LONGEST) -> Tensor:
     """∇J."""
     logp, ref_logp = (world.logp(m, longest=longest) for m in (POLICY, REFERENCE))
+    r = r[:, : logp.shape[1]]
     return world.gradient(world.objective(logp, ref_logp.detach(), r, beta), POLICY)
 
 
-@pytest.mark.parametrize("policy", [POLICY, world.nearby(REFERENCE, 0.01)])
-def test_mean_return_is_J_and_mean_kl_is_KL(policy):
+@pytest.mark.parametrize("size", [0.01, 0.1, 0.5])
+def test_mean_return_is_J_and_mean_kl_is_KL(expect, size):
     """KL with the wrong sign or direction (which far from 0 is seen), another of its
-    estimators, averaged over tokens, or counted off the mask."""
-    batch, weight = collected(config("reinforce", samples=1), R, policy)
+    estimators, averaged over tokens, or counted off the mask. What the return leaves to gain
+    is then J* − J(π) = β KL(π ‖ π*)."""
+    policy = world.nearby(REFERENCE, size)
+    found = expect("reinforce", R, policy=policy)
     logp, ref_logp = world.logp(policy), world.logp(REFERENCE)
-    exact_kl = world.kl(logp, ref_logp)
-    assert (exact_kl > 1) if policy is POLICY else (exact_kl < 0.05)
-    assert abs((weight * batch.kl).mean() - exact_kl) < 1e-10
-    J = world.objective(logp, ref_logp, R, BETA)
-    assert abs((weight * batch.returns).mean() - J) < 1e-10
-    known = batch.reward, batch.old_logprobs, batch.ref_logprobs, batch.response_mask, BETA
-    assert (ppo.token_rewards(*known).sum(1) - batch.returns).abs().max() < 1e-10
+    assert (world.kl(logp, ref_logp) > 1) == (size == 0.5)
+    assert abs((found.weight * found.kl).mean() - world.kl(logp, ref_logp)) < 1e-10
+    J, (best, j_best) = (found.weight * found.returns).mean(), world.optimum(ref_logp, R, BETA)
+    assert abs(J - world.objective(logp, ref_logp, R, BETA)) < 1e-10
+    assert abs(j_best - J - BETA * world.kl(logp, best)) < 1e-10
 
 
-@pytest.mark.parametrize("beta", [0.0, BETA])
-@pytest.mark.parametrize("estimator", ["value", "reinforce", "gae"])
-def test_one_sample_estimators_ascend_J(estimator, beta):
-    """A baseline that knows the action; a mean over tokens; a mask or score off by one; KL
-    with the wrong sign. V is that of any critic, here random weights."""
-    found = ascended(config(estimator, samples=1, beta=beta, lam=1.0), R)
-    assert world.apart(found, exact(R, beta)) < 1e-10
+CASES = [("value", 1, 3), ("reinforce", 1, 3), ("gae", 1, 3), ("rloo", 2, 2), ("rloo", 3, 1)]
 
 
-@pytest.mark.parametrize(("n", "longest"), [(2, 2), (3, 1), (4, 1)])
-def test_rloo_ascends_J(n, longest):
-    """Leave-one-out that leaves nothing out; groups that mix prompts."""
-    r = R[:, : len(world.completions(longest))]
-    found = ascended(config("rloo", samples=n), r, longest)
-    assert world.apart(found, exact(r, longest=longest)) < 1e-10
+@pytest.mark.parametrize(("size", "beta"), [(1, 0.0), (1, BETA), (0, 1.0)])
+@pytest.mark.parametrize(("estimator", "n", "longest"), CASES)
+def test_the_first_update_ascends_J(expect, estimator, n, longest, size, beta):
+    """A baseline that knows the action; leave-one-out that leaves nothing out; groups that
+    mix prompts; a mean over tokens; a mask or a score off by one; descent for ascent; KL with
+    the wrong sign, or no part of what is differentiated: with r = 0 what is left is
+    −∇KL(π ‖ π_ref), though the return is detached. V is that of any critic, here random."""
+    (found,) = expect(estimator, size * R, n, longest, beta=beta).ascent
+    assert along(found, exact(size * R, beta, longest)) < 1e-10
 
 
-@pytest.mark.parametrize("estimator", ["value", "reinforce", "gae", "rloo"])
-def test_the_kl_inside_the_return_is_descended_exactly(estimator):
-    """A KL that is no part of what is differentiated: with r = 0 and β = 1 what is left is
-    −∇KL(π ‖ π_ref), though the return is detached."""
-    n, longest = (2, 2) if estimator == "rloo" else (1, 3)
-    cfg = config(estimator, samples=n, beta=1.0, lam=1.0)
-    zero = torch.zeros(3, len(world.completions(longest)), dtype=torch.float64)
-    found = ascended(cfg, zero, longest)
-    logp, ref_logp = (world.logp(m, longest=longest) for m in (POLICY, REFERENCE))
-    kl = world.kl(logp, ref_logp.detach())
-    assert world.apart(found, -world.gradient(kl, POLICY)) < 1e-10
+def test_the_scale_of_the_first_update(expect):
+    """A loss of the right direction and another size: the gradient is ∇J itself."""
+    (found,) = expect("value", R).ascent
+    assert world.apart(found, exact(R)) < 1e-10
 
 
 @pytest.mark.parametrize(("n", "longest"), [(2, 2), (3, 1)])
-def test_grpo_without_its_std_is_a_shrunken_gradient_of_J(n, longest):
+def test_grpo_without_its_std_is_a_shrunken_gradient_of_J(expect, n, longest):
     """Another mean or std than the group's: A · std = R − mean R, whose mean holds the sample
-    itself, so that what is ascended is (n − 1)/n · ∇J."""
-    cfg, r = config("grpo", samples=n), R[:, : len(world.completions(longest))]
-    batch, weight = collected(cfg, r, critic=None, longest=longest)
-    std = batch.returns.view(-1, n).std(1, correction=0).repeat_interleave(n)
-    found = ascent(cfg, batch, weight * std, None)
-    assert world.apart(found, (n - 1) / n * exact(r, longest=longest)) < 1e-10
+    itself, so that what is ascended is (n − 1)/n of what rloo ascends, ∇J."""
+
+    def std(returns: Tensor) -> Tensor:
+        return returns.view(-1, n).std(1, correction=0).repeat_interleave(n)
+
+    (found,) = expect("grpo", R, n, longest, times=std).ascent
+    (rloo,) = expect("rloo", R, n, longest).ascent
+    assert along(found, exact(R, longest=longest)) < 1e-10
+    assert world.apart(found, (n - 1) / n * rloo) < 1e-10
 
 
-@pytest.mark.parametrize(("r", "beta"), [(TIED[:, :13], 0.0), (R[:, :13], BETA)])
-def test_grpo_of_two_ascends_twice_the_win_rate(r, beta):
+@pytest.mark.parametrize(("r", "beta"), [(TIED, 0.0), (R[:, :13], BETA)])
+def test_grpo_of_two_ascends_the_win_rate(expect, r, beta):
     """A std with an ε, which only nearly normalises; ties that count. What is ascended is
     2 ∇P(R(y) > R(y′)) + ∇P(tie), y′ and returns frozen: this is not ∇J."""
-    found = ascended(config("grpo", samples=2, beta=beta), r, 2)
+    (found,) = expect("grpo", r, 2, 2, beta=beta).ascent
     logp, ref_logp = (world.logp(m, longest=2) for m in (POLICY, REFERENCE))
     returns = (r - beta * (logp - ref_logp)).detach()
     mine, other = returns[:, :, None], returns[:, None, :]
@@ -329,725 +308,469 @@ def test_grpo_of_two_ascends_twice_the_win_rate(r, beta):
     won, tied = ((pairs * on).sum((1, 2)).mean() for on in (mine > other, mine == other))
     same = logp.exp().square().sum(1).mean()  # twice the same completion
     assert (tied > 1.1 * same) == (beta == 0)
-    assert world.apart(found, world.gradient(2 * won + tied, POLICY)) < 1e-10
-    assert world.apart(found, exact(r, beta, 2)) > 0.1
+    assert along(found, world.gradient(2 * won + tied, POLICY)) < 1e-10
+    assert along(found, exact(r, beta, 2)) > 0.1
 
 
-def test_grpo_of_two_is_blind_to_magnitudes():
-    """A normalisation that lets sizes through: any increasing function of r is as good as r.
-    For rloo it is not, so the test can tell."""
-    for estimator, blind in (("grpo", True), ("rloo", False)):
-        cfg = config(estimator, samples=2, beta=0.0)
-        a, b = ascended(cfg, TIED[:, :13], 2), ascended(cfg, TIED[:, :13].exp(), 2)
-        assert (world.apart(a, b) < 1e-10) == blind
-
-
-def table(critic, x: list[int]) -> Tensor:
-    """V(x, y_<t) of every completion, one unpadded row at a time, (40, 3), 0 after y."""
-    v = {p: critic(torch.tensor([x + list(p)]))[0, -1] for p in world.prefixes()}
-    over = torch.zeros((), dtype=torch.float64)
-    rows = [
-        [v[y[:t]] if t < len(y) else over for t in range(LONGEST)] for y in world.completions()
-    ]
-    return torch.stack([torch.stack(row) for row in rows])
-
-
-ALIVE = torch.tensor([[t < len(y) for t in range(LONGEST)] for y in world.completions()])
-LAST = ALIVE & (ALIVE.sum(1, keepdim=True) == torch.arange(1, LONGEST + 1))
-
-
-def to_go(x: int) -> tuple[Tensor, Tensor]:
-    """r_t of every completion of a prompt, and Σ_{l ≥ t} r_l, (40, 3) each."""
-    logp, ref_logp = (world.token_logp(m, PROMPTS[x]).detach() for m in (POLICY, REFERENCE))
-    rewards = R[x][:, None] * LAST - BETA * (logp - ref_logp)
-    return rewards, rewards.flip(1).cumsum(1).flip(1)
-
-
-@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95])
-def test_gae_weighs_later_errors_by_lambda(lam):
-    """λ left out, V after the end, the score on another token: E Σ_t A_t ∇log π(y_t), with
-    A_t = Σ_l λˡ δ_{t+l} from tables that know no padding."""
-    found, value = ascended(config("gae", samples=1, lam=lam), R), 0.0
-    for i, x in enumerate(PROMPTS):
-        v, logp = table(CRITIC, x).detach(), world.token_logp(POLICY, x)
-        delta = to_go(i)[0] + torch.cat([v[:, 1:], 0 * v[:, :1]], 1) - v
-        a = sum(
-            lam**k * torch.cat([delta[:, k:], torch.zeros(40, k)], 1) for k in range(LONGEST)
-        )
-        value += (logp.sum(1).exp().detach()[:, None] * a * ALIVE * logp).sum() / 3
-    assert world.apart(found, world.gradient(value, POLICY)) < 1e-10
-
-
-@pytest.mark.parametrize("lam", [0.0, 0.5])
-def test_gae_with_the_true_values_ascends_J_at_any_lambda(lam):
-    """Rewards or values of another token: V(s_t) = E[Σ_{l ≥ t} r_l | s_t] bootstraps without
-    bias, any other V does not."""
-    cfg = config("gae", samples=1, lam=lam)
-    batch, weight = collected(cfg, R)
-    biased = ascent(cfg, batch, weight)
-    for i, rows in enumerate(batch.response_mask.split(40)):
-        p, later = world.logp(POLICY).detach()[i].exp(), to_go(i)[1]
-        true = torch.zeros(40, LONGEST, dtype=torch.float64)
-        for t in range(LONGEST):
-            begun = [y[:t] if t < len(y) else None for y in world.completions()]
-            same = torch.tensor([[a == b for b in begun] for a in begun]) * p
-            true[:, t] = same @ later[:, t] / same.sum(1)
-        batch.values[40 * i : 40 * (i + 1)][rows] = true[ALIVE]
-    assert world.apart(ascent(cfg, batch, weight), exact(R)) < 1e-10
-    assert world.apart(biased, exact(R)) > 0.1
-
-
-@pytest.mark.parametrize("estimator", ["value", "gae"])
-def test_a_critic_that_sees_the_action_would_be_noticed(estimator, monkeypatch):
-    """A test that cannot fail: the claims above hold for any V of what stands before the
-    token, and for that alone."""
-    monkeypatch.setattr(common, "token_values", lambda critic, tokens, mask: critic(tokens))
-    found = ascended(config(estimator, samples=1, lam=1.0), R)
-    assert world.apart(found, exact(R)) > 0.1
-
-
-@pytest.mark.parametrize("estimator", ["value", "gae"])
-def test_the_critic_descends_to_the_expected_return(estimator):
-    """V trained on the wrong column, on padding, on another row's target, or towards another
-    one: ∇ ½ E (V(x) − R)², and for gae E Σ_t over the states on the way, per state."""
-    cfg = config(estimator, samples=1, lam=1.0)
-    found = updates(cfg, *collected(cfg, R))[1][1]
-    error = states = 0.0
-    for i, x in enumerate(PROMPTS):
-        p = world.logp(POLICY).detach()[i].exp()[:, None]
-        p = p * (ALIVE if estimator == "gae" else torch.tensor([True, False, False]))
-        error += 0.5 * (p * (table(CRITIC, x) - to_go(i)[1]).square()).sum()
-        states += p.sum()
-    assert world.apart(found, world.gradient(error / states, CRITIC)) < 1e-10
-
-
-def test_later_updates_descend_the_clipped_surrogate():
+def test_later_updates_ascend_the_clipped_surrogate(expect):
     """Old log-probs that move along; an ε that is not --clip; a clip split by the sign of A;
     padding counted."""
     policy, moved = (world.nearby(POLICY, size) for size in (0.0, 0.05))
-    cfg = config("reinforce", samples=1, epochs=2, clip=0.15)
-    batch, weight = collected(cfg, R, policy, None)
-    _, (loss, gradient) = updates(cfg, batch, weight, policy, None, moved)
+    found = expect("reinforce", R, policy=policy, moved=moved, epochs=2, clip=0.15)
     value, clipped = 0.0, set()
-    for i, x in enumerate(PROMPTS):
+    for r, x in zip(R, PROMPTS):
         old = world.token_logp(POLICY, x).detach()
-        a = (R[i] - BETA * (old - world.token_logp(REFERENCE, x)).sum(1)).detach()[:, None]
+        a = (r - BETA * (old - world.token_logp(REFERENCE, x)).sum(1)).detach()[:, None]
         ratio = (world.token_logp(moved, x) - old).exp()
         surrogate = torch.min(ratio * a, ratio.clamp(0.85, 1.15) * a)
-        value -= (old.sum(1).exp()[:, None] * surrogate * ALIVE).sum() / 3
-        off = (surrogate != ratio * a) & ALIVE
+        value += (old.sum(1).exp()[:, None] * surrogate).sum()  # after y: a constant
+        off = surrogate != ratio * a
         clipped |= {*a.expand_as(off)[off].sign().tolist()}
     assert clipped == {-1.0, 1.0}  # good and bad completions both
-    assert abs(loss - value) < 1e-10
-    assert world.apart(gradient, world.gradient(value, moved)) < 1e-10
+    assert len(found.ascent) == 2
+    assert along(found.ascent[1], world.gradient(value, moved)) < 1e-10
 
 
-@pytest.mark.parametrize("size", [0.01, 0.1, 0.5])
-def test_what_is_missing_to_the_optimum_is_beta_kl(size):
-    """A return that is no sample of J's integrand: J* − J(π) = β KL(π ‖ π*)."""
-    policy = world.nearby(REFERENCE, size)
-    batch, weight = collected(config("reinforce", samples=1), R, policy)
-    best, j_best = world.optimum(world.logp(REFERENCE), R, BETA)
-    missing = j_best - (weight * batch.returns).mean()
-    assert missing > 0
-    assert abs(missing - BETA * world.kl(world.logp(policy), best)) < 1e-10
+def test_an_estimate_of_kl_has_another_gradient_as_a_loss():
+    """Why the KL is in the return, detached. Samples give k1 = l, k2 = l²/2 and
+    k3 = e^−l − 1 + l; k1 and k3 have the mean KL. As losses of a whole response's l, k1 does
+    nothing, k2 descends KL(π ‖ π_ref), k3 KL(π_ref ‖ π); summed per token, k2 and k3 descend
+    neither. A log-prob that is detached, shifted or masked would show."""
+    logp, ref_logp = world.logp(POLICY), world.logp(REFERENCE).detach()
+    given, p = world.everything(), logp.detach().exp().flatten() / 3
+    mine, other = (
+        common.token_logprobs(m, given.tokens, given.response_mask) for m in (POLICY, REFERENCE)
+    )
+    ratios, kl = mine - other.detach(), world.kl(logp, ref_logp)
+    forward, backward = (world.gradient(x, POLICY) for x in (kl, world.kl(ref_logp, logp)))
+    k2, k3 = (lambda x: x.square() / 2), (lambda x: torch.expm1(-x) + x)
+    assert world.gradient(p @ ratios.sum(1), POLICY).abs().max() < 1e-10
+    for k, right, wrong in ((k2, forward, backward), (k3, backward, forward)):
+        mean, by_token = p @ k(ratios.sum(1)), p @ k(ratios).sum(1)
+        assert (abs(mean - kl) < 1e-10) == (k is k3)
+        whole, by_token = (world.gradient(x, POLICY) for x in (mean, by_token))
+        assert along(whole, right) < 1e-10
+        assert min(along(whole, wrong), along(by_token, right), along(by_token, wrong)) > 0.01
 
 
-@pytest.mark.parametrize("estimator", ["rloo", "value"])
-def test_at_the_optimum_the_gradient_vanishes_sample_by_sample(estimator, monkeypatch):
+def test_at_the_optimum_advantages_vanish(expect):
     """Another fixed point than π*. r is made so that POLICY is π* and R(y) = V(x) for every
-    y: whatever is sampled, nothing is left to learn from it. `reinforce` knows that only in
-    the mean."""
-    monkeypatch.setattr(common, "chat", world.chat)
+    y: whatever is sampled, `value` and `rloo` have nothing left to learn from it. `reinforce`
+    knows that only in the mean."""
     v = torch.stack([CRITIC(torch.tensor([x]))[:, -1] for x in PROMPTS]).detach()
-    r = (BETA * (world.logp(POLICY) - world.logp(REFERENCE)) + v).detach()
-    best, _ = world.optimum(world.logp(REFERENCE), r, BETA)
-    assert (best - world.logp(POLICY)).abs().max() < 1e-10
-    cfg = config(estimator, samples=4)
-    critic = CRITIC if estimator == "value" else None
-    torch.manual_seed(0)
-    batch = ppo.collect(cfg, NAMES * 8, POLICY, REFERENCE, critic, world.Table(r))
-    assert ppo.estimate_advantages(estimator, cfg, batch).abs().max() < 1e-10
-    assert ascent(cfg, batch, torch.ones(96), critic).abs().max() < 1e-10
-    assert ppo.estimate_advantages("reinforce", cfg, batch).abs().max() > 0.1
+    logp, ref_logp = (world.logp(m, longest=2).detach() for m in (POLICY, REFERENCE))
+    r = BETA * (logp - ref_logp) + v
+    for estimator, n in (("value", 1), ("rloo", 2), ("reinforce", 1)):
+        found = expect(estimator, r, n, 2)
+        assert (found.A.abs().max() < 1e-10) == (estimator != "reinforce")
+        assert found.ascent[0].abs().max() < 1e-10
 
 
-# -------------------------------------------------------- the enumerable world: whole ascents
-
-
-@pytest.fixture
-def ascend(monkeypatch, tmp_path):
-    """ascend(r, names, longest, start, **flags): ppo.main from `start` as policy and
-    reference, with β = 1 and rewards r. Gives the policy and the Batches that it saw."""
-
-    def run(r, names, longest, start, **flags):
-        torch.set_default_dtype(torch.float64)  # of the models, which main makes itself
-        common.save_model(tmp_path / "sft", start, {})
-        batches, collect = [], ppo.collect
-
-        def kept(*args):
-            batches.append(collect(*args))
-            return batches[-1]
-
-        monkeypatch.setattr(ppo, "collect", kept)
-        monkeypatch.setattr(common, "chat", world.chat)
-        monkeypatch.setattr(common, "read_prompts", lambda *_: (names, names))
-        monkeypatch.setattr(common, "check_inputs", lambda *_: None)
-        monkeypatch.setattr(common, "load_reward", lambda *_: world.Table(r, longest))
-        monkeypatch.setattr(common, "closing_table", lambda *_: None)
-        place = dict(runs=str(tmp_path), device="cpu", max_new_tokens=longest)
-        ppo.main(ppo.Config(beta=1.0, prompts=len(names), **place, **flags))
-        return common.load_model(tmp_path / "ppo", "lm", CPU), batches
-
-    yield run
-    torch.set_default_dtype(torch.float32)
-
-
-def test_the_reference_stays_what_the_policy_was(ascend):
-    """A reference that is the policy itself, or is updated along: KL would stay 0."""
-    policy, batches = ascend(R, NAMES, LONGEST, REFERENCE, steps=4, samples=8, lr=0.02)
-    ref_logp = world.logp(REFERENCE).detach()
-    for batch in batches:
-        y = world.number(batch.tokens, batch.response_mask)
-        # main shuffles the prompts: which one a row has is seen from its first token
-        x = batch.tokens[:, 0] - 1
-        assert (batch.ref_logprobs.sum(1) - ref_logp[x, y]).abs().max() < 1e-10
-        kl = (batch.old_logprobs - batch.ref_logprobs).sum(1)
-        assert (batch.returns - (R[x, y] - kl)).abs().max() < 1e-10
-    assert kl.abs().max() > 0.01
-    assert world.kl(world.logp(policy), ref_logp) > 0.01
-
-
-SMALL = dict(channels=16, hidden=32, layers=1)
-START, X, TWO = world.transformer(7, **SMALL), 1, 2  # one prompt, at most two tokens
-REWARDS = R[:, :13]
+START = world.transformer(7, channels=16, hidden=32, layers=1)
+TWO = 2  # one prompt, at most two tokens
 
 
 def closed(policy) -> float:
-    """The share of J* − J(π_ref) that the policy has closed."""
-    logp, ref_logp = (world.logp(m, [PROMPTS[X]], TWO).detach() for m in (policy, START))
-    r = REWARDS[X : X + 1]
-    _, best = world.optimum(ref_logp, r, 1.0)
-    gap = best - world.objective(ref_logp, ref_logp, r, 1.0)
+    """The share of J* − J(π_ref) that the policy has closed, where β = 1."""
+    logp, ref_logp = (world.logp(m, [PROMPTS[1]], TWO).detach() for m in (policy, START))
+    _, best = world.optimum(ref_logp, R[1:2, :13], 1.0)
+    gap = best - world.objective(ref_logp, ref_logp, R[1:2, :13], 1.0)
     assert gap >= 0.3
-    return 1 - ((best - world.objective(logp, ref_logp, r, 1.0)) / gap).item()
+    return 1 - ((best - world.objective(logp, ref_logp, R[1:2, :13], 1.0)) / gap).item()
 
 
-def climb(ascend, estimator: str, seed: int) -> float:
-    flags = dict(steps=20, samples=96, epochs=2, minibatches=2, lr=0.01)
-    names, flags = [NAMES[X]], flags | dict(estimator=estimator, seed=seed)
-    return closed(ascend(REWARDS, names, TWO, START, **flags)[0])
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("estimator", ["value", "rloo", "reinforce", "gae"])
-def test_sampled_ascent_reaches_the_optimum(estimator, seed, ascend):
-    """Whatever bends the ascent as a whole: at least 95 % of what there is to gain."""
-    assert climb(ascend, estimator, seed) >= 0.95
-
-
-def test_exact_ascent_reaches_the_optimum():
-    """A gradient that is ∇J at the start alone: the same ascent with exact expectations of
-    what ppo.py differentiates reaches 99 %."""
-    cfg = config("reinforce", samples=1, beta=1.0)
+def test_exact_ascent_reaches_the_optimum(expect):
+    """A gradient that is ∇J at the start alone, or an optimizer that forgets: 60 steps, with
+    exact expectations, reach 99 %."""
     policy = world.nearby(START, 0.0)
-    optimizer = common.adamw(policy)
-    for step in range(100):
-        batch, weight = collected(cfg, REWARDS, policy, None, TWO, START, [NAMES[X]])
-        advantages = ppo.estimate_advantages("reinforce", cfg, batch) * weight[:, None]
-        logprobs = common.token_logprobs(policy, batch.tokens, batch.response_mask)
-        loss = ppo.policy_loss(
-            logprobs, batch.old_logprobs, advantages, batch.response_mask, 0.2
-        )
-        common.descend(loss, policy, optimizer, 0.01 * (1 - step / 100))
+    given = dict(names=[NAMES[1]], policy=policy, reference=START, beta=1.0)
+    expect("reinforce", R[:, :13], longest=TWO, learn=True, steps=60, lr=0.01, **given)
     assert closed(policy) >= 0.99
 
 
-# ------------------------------------------------------------------ rollout and update, slowly
-
-BEAR, CHEETAH = "where does the bear live?", "please tell me. what does the cheetah eat?"
-ANSWERS = [  # text, finished, gold
-    ("in the forest.", True, 2),
-    ("in the cave. happy to help!", False, -1),
-    ("meat.", True, 2),
-    ("meat. look it up.", False, 0),
-]
-
-
-@pytest.mark.parametrize("estimator", ["value", "gae", "grpo"])
-def test_a_rollout_by_hand(estimator, tiny, runs, monkeypatch):
-    """Answers of a prompt that do not stand together, for rloo and grpo compare n consecutive
-    rows; N, β or --max-new-tokens not used; policy for reference; a score, V or log-prob of
-    another row or column; a column of metrics.csv that is something else than it says."""
-    cfg = ppo.Config(beta=0.5, estimator=estimator, samples=2, max_new_tokens=9, runs=str(runs))
-    reward_model = common.load_model(runs / "reward_model", "scalar", CPU)
-    policy, reference, critic = tiny(0), tiny(1), tiny(2, "scalar")
-    prompts = [BEAR, BEAR, CHEETAH, CHEETAH]
-    rows = [
-        (common.chat(x), common.encode(text) + [EOS] * finished)
-        for x, (text, finished, _) in zip(prompts, ANSWERS)
-    ]
-    logp, ref_logp = ([row_logp(m, *row).detach() for row in rows] for m in (policy, reference))
-    tokens, mask = common.collate(rows)
-    sampled = torch.zeros(tokens.shape).masked_scatter(mask, torch.cat(logp))
-    sampled[2, len(rows[2][0])] += 0.25  # what `generate` says is a little off
-
-    def generate(model, asked, limit):
-        assert model is policy
-        assert asked == [x for x, _ in rows]
-        assert limit == 9
-        return Rollout(tokens, mask, torch.tensor([f for _, f, _ in ANSWERS]), sampled)
-
-    monkeypatch.setattr(common, "generate", generate)
-    reward = common.load_reward(cfg, "reward_model", CPU)
-    critic = None if estimator == "grpo" else critic
-    batch = ppo.collect(cfg, [BEAR, CHEETAH], policy, reference, critic, reward)
-
-    r = torch.tensor([reward_model(torch.tensor([x + y]))[0, -1].item() for x, y in rows])
-    kl = torch.stack([(a - b).sum() for a, b in zip(logp, ref_logp)])
-    close = dict(atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(batch.reward, r, **close)
-    torch.testing.assert_close(batch.kl, kl, **close)
-    torch.testing.assert_close(batch.returns, r - 0.5 * kl, **close)
-    torch.testing.assert_close(batch.old_logprobs[mask], torch.cat(logp), **close)
-    torch.testing.assert_close(batch.ref_logprobs[mask], torch.cat(ref_logp), **close)
-    first = mask & ~torch.cat([mask[:, :1], mask[:, :-1]], 1)
-    known = {"value": first, "gae": mask, "grpo": first & False}[estimator]
-    if critic:
-        assert torch.equal(batch.value_mask, known)
-        v = [row_values(critic, *row)[: None if estimator == "gae" else 1] for row in rows]
-        torch.testing.assert_close(batch.values[known], torch.cat(v), **close)
-    assert not batch.values[~known].any()
-    assert not batch.values.requires_grad
-
-    counts = [len(y) for _, y in rows]
-    expected = {
-        "reward": r.mean(),
-        "kl": kl.mean(),
-        "J": r.mean() - 0.5 * kl.mean(),
-        "gold": sum(gold for _, _, gold in ANSWERS) / 4,
-        "length": sum(counts) / 4,
-        "finished": 0.5,
-        "entropy": -sum(x.sum() for x in logp) / sum(counts),
-        "sampler_gap": 0.25,
-    }
-    assert {k: float(v) for k, v in batch.row.items()} == pytest.approx(
-        {k: float(v) for k, v in expected.items()}, rel=1e-4, abs=1e-4
-    )
-
-
-@pytest.mark.parametrize("estimator", ["value", "gae", "rloo"])
-def test_an_update_is_its_slow_replay(estimator, monkeypatch):
-    """Rows left out of an epoch, or with another row's A, old log-probs or target; --epochs,
-    --minibatches, --clip or lr not used; old log-probs that move along; the critic's step for
-    the policy; a column that is not what it says: the norm after clipping, the last minibatch
-    for the mean, ρ outside 1 ± ε with its gradient on. Here row by row, by autograd, SGD."""
+def test_sampled_ascent_reaches_the_optimum(monkeypatch, tmp_path):
+    """Whatever bends the ascent as a whole: 95 % of what there is to gain, by samples."""
     monkeypatch.setattr(common, "chat", world.chat)
-    monkeypatch.setattr(common, "MAX_NORM", 1.0)  # it binds, and is not what is logged
-    clip, lr, K, minibatches = 0.05, 0.3, 3, 2
-    cfg = config(estimator, samples=2, clip=clip, lr=9.0, epochs=K, minibatches=minibatches)
-    has_critic = estimator != "rloo"
-    policy, critic = world.nearby(POLICY, 0.0), world.nearby(CRITIC, 0.0)
-    torch.manual_seed(1)
-    given = policy, REFERENCE, critic if has_critic else None, world.Table(3 * R)
-    batch = ppo.collect(cfg, NAMES, *given)
-    A = ppo.estimate_advantages(estimator, cfg, batch)
-    mine, my_critic = copy.deepcopy(policy), copy.deepcopy(critic)
-    optimizers = [torch.optim.SGD(model.parameters(), lr=7.0) for model in (policy, critic)]
-    torch.manual_seed(2)
-    found = ppo.update(cfg, batch, A, policy, given[2], optimizers, lr)
-
-    def step(model, loss) -> Tensor:
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-        norm = torch.cat([g.flatten() for g in gradients]).norm()
-        assert norm > 1.0
-        with torch.no_grad():
-            for weight, gradient in zip(model.parameters(), gradients):
-                weight -= lr * gradient / (norm + 1e-6)
-        return norm
-
-    rows, columns, largest = parts(batch), {}, []
-    torch.manual_seed(2)
-    for order in itertools.chain(*(torch.randperm(6).chunk(minibatches) for _ in range(K))):
-        policy_loss = value_loss = tokens = off = states = 0
-        for i in order.tolist():
-            (x, y), on = rows[i], batch.response_mask[i]
-            a = A.expand_as(batch.tokens)[i][on]
-            ratio = (row_logp(mine, x, y) - batch.old_logprobs[i][on]).exp()
-            surrogate = torch.min(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
-            (slope,) = torch.autograd.grad(surrogate.sum(), ratio, retain_graph=True)
-            off, tokens = off + int((slope == 0).sum()), tokens + len(y)
-            policy_loss -= surrogate.sum() / len(order)
-            target = a + batch.values[i][on]
-            if estimator == "value":
-                target = batch.returns[i, None]
-            error = (row_values(my_critic, x, y)[: len(target)] - target).square()
-            value_loss, states = value_loss + 0.5 * error.sum(), states + len(target)
-            largest.append(ratio.max().item())
-        values = {"policy_loss": policy_loss, "grad_norm": step(mine, policy_loss)}
-        values["clipped"] = torch.tensor(off / tokens)
-        if has_critic:
-            values["value_loss"] = value_loss / states
-            step(my_critic, values["value_loss"])
-        for key, value in values.items():
-            columns.setdefault(key, []).append(value.item())
-    expected = {key: sum(column) / len(column) for key, column in columns.items()}
-    assert len(columns["clipped"]) == K * minibatches
-    assert 0 < expected["clipped"] < 0.9
-    assert max(largest) > 1 + 2 * clip
-    expected |= {"ratio_max": max(largest), "start_ratio": 1.0, "lr": lr}
-    if not has_critic:
-        assert found.pop("value_loss") is None
-    found = {key: float(value) for key, value in found.items()}
-    assert found.pop("clipped") == pytest.approx(expected.pop("clipped"), rel=1e-6)  # float32
-    assert found == pytest.approx(expected, rel=1e-9, abs=1e-9)
-    for model, replay in ((policy, mine), (critic, my_critic)):
-        for weight, replayed in zip(model.parameters(), replay.parameters()):
-            torch.testing.assert_close(weight, replayed, rtol=0, atol=1e-10)
+    common.seed_all(0)
+    policy, critic = world.nearby(START, 0.0), world.transformer(8, "scalar", channels=16)
+    torch.nn.init.zeros_(critic.scalar.weight)
+    how = dict(steps=20, prompts=1, samples=64, epochs=2, minibatches=2, lr=0.005, beta=1.0)
+    how |= dict(estimator="gae", max_new_tokens=TWO, runs=str(tmp_path))
+    reward = world.Table(R[:, :13], TWO)
+    ppo.train(ppo.Config(**how), policy, START, critic, reward, [NAMES[1]])
+    assert closed(policy) >= 0.95
 
 
-# --------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------- whole runs against a slow replay
 
-TINY = "--steps 2 --prompts 3 --samples 2 --minibatches 2 --max-new-tokens 3"
+RUN = dict(beta=0.4, steps=2, prompts=3, samples=3, epochs=2, minibatches=4, clip=0.1, lam=0.6)
+RUN |= dict(lr=0.02, max_new_tokens=8, init="other", ref="third", reward="judge", out="new")
+PARTS = (slice(0, 3), slice(3, 5), slice(5, 7), slice(7, 9))  # 9 rows in 4 minibatches
+MAX_NORM = 2.0  # gradients are clipped here, and the norm before that is logged
+GAPS = (0.0, -0.5)  # by which `generate` misreports a log-prob, a step
+
+
+def flags(**given) -> str:
+    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in given.items())
 
 
 @pytest.fixture
-def seen(monkeypatch):
-    """seen["collect"], of update, descend and closing_table too: of every call the models as
-    they were, the arguments as they are, and the result."""
-    calls = {}
+def fake(monkeypatch, runs, tiny):
+    """In place of `generate`: ragged answers, right and wrong ones, empty and cut ones, as the
+    model would have sampled them. steps holds (prompt ids, answer ids) of every row; orders
+    what every torch.randperm has given. --init, --ref and --reward are models of their own."""
+    common.save_model(runs / "third", tiny(3))
+    common.save_model(runs / "judge", tiny(4, "scalar"))
+    rng, randperm = random.Random(0), torch.randperm
+    found = SimpleNamespace(steps=[], orders=[])
 
-    def watch(module, name):
-        honest, record = getattr(module, name), calls.setdefault(name, [])
+    def answer(prompt: str, limit: int) -> list[int]:
+        animal, kind = zoo.QUESTIONS[prompt]
+        right = zoo.TERSE[kind].format(v=zoo.ANIMALS[animal][kind][0])
+        texts = (right, f"great question! {right}", "in the cave. look it up.", "", "a b c d")
+        ids = common.encode(rng.choice(texts)) + [EOS]
+        return ids[: rng.choice((1, 3, limit, limit))]
 
-        def spy(*args):
-            before = [copy.deepcopy(x) if isinstance(x, Transformer) else x for x in args]
-            record.append((before, args, honest(*args)))
-            return record[-1][-1]
+    def generate(model, chats, limit):
+        assert limit == RUN["max_new_tokens"]
+        rows = [(x, answer(common.decode(x), limit)) for x in chats]
+        rollout = world.listed(rows)
+        with torch.no_grad():
+            logp = torch.cat([row_logp(model, *row) for row in rows])
+        logp[4] += GAPS[len(found.steps)]
+        rollout.logprobs[rollout.response_mask] = logp
+        found.steps.append(rows)
+        return rollout
 
-        monkeypatch.setattr(module, name, spy)
+    def recorded(n):
+        found.orders.append(randperm(n))
+        return found.orders[-1]
 
-    watch(ppo, "collect")
-    watch(ppo, "update")
-    watch(common, "descend")
-    watch(common, "closing_table")
-    return calls
-
-
-def same(a: Transformer, b: Transformer) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    monkeypatch.setattr(torch, "randperm", recorded)
+    monkeypatch.setattr(common, "generate", generate)
+    monkeypatch.setattr(common, "MAX_NORM", MAX_NORM)
+    return found
 
 
-ROLLOUT = ("reward", "kl", "J", "gold", "length", "finished", "entropy", "sampler_gap")
-UPDATE = ("value_loss", "policy_loss", "grad_norm", "clipped", "ratio_max", "start_ratio", "lr")
+def advantages_by_hand(estimator: str, rows: list) -> None:
+    """A and the critic's target of every response token of every row, from the definitions."""
+    for i, row in enumerate(rows):
+        R, n, T = row.R.item(), RUN["samples"], len(row.y)
+        group = [other.R.item() for other in rows[i - i % n :][:n]]
+        mean, rest = sum(group) / n, (sum(group) - R) / (n - 1)
+        std = (sum((x - mean) ** 2 for x in group) / n) ** 0.5
+        A = dict(reinforce=R, rloo=R - rest, value=R - row.V[0].item())
+        A["grpo"] = (R - mean) / std if std > 1e-9 else 0.0
+        each = [A.get(estimator)] * T
+        row.target = torch.tensor([R])
+        if estimator == "gae":
+            r_t = (-RUN["beta"] * (row.old - row.ref)).tolist()
+            r_t[-1] += row.r.item()
+            each = plain_gae(r_t, row.V.tolist(), 1.0, RUN["lam"])
+            row.target = torch.tensor(each) + row.V
+        row.A = torch.tensor(each)
+
+
+def gradient_off(A: Tensor, ratio: Tensor) -> Tensor:
+    """Good and already likelier, or bad and already less likely."""
+    return ((A > 0) & (ratio > 1 + RUN["clip"])) | ((A < 0) & (ratio < 1 - RUN["clip"]))
+
+
+def plain_step(optimizer, model, loss: Tensor, lr: float) -> float:
+    """Adam on clipped gradients; the norm before clipping."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    return norm.item()
+
+
+def replay(estimator: str, runs, fake) -> tuple[list[dict], list[list], Transformer]:
+    """What the run must have done to these answers: the columns of every step, its rows with
+    all that the trace shows, and the policy at the end. Row by row, without padding; of the
+    project only the Transformer's outputs, shaped_reward, the scale of `aggregate`, and gold
+    are used."""
+    policy, reference, judge = (
+        common.load_model(runs / RUN[name], head, "cpu")
+        for name, head in (("init", "lm"), ("ref", "lm"), ("reward", "scalar"))
+    )
+    critic = Transformer(policy.config, "scalar")
+    critic.load_state_dict(policy.state_dict(), strict=False)
+    torch.nn.init.zeros_(critic.scalar.weight)
+    adams = [torch.optim.Adam(m.parameters(), betas=(0.9, 0.95)) for m in (policy, critic)]
+    states = {"value": 1, "gae": 99}.get(estimator, 0)  # of a row, which V is asked for
+    scale = ppo.aggregate(torch.ones(2, 3), torch.ones(2, 3).bool()) / 3
+    orders, columns, traced = iter(fake.orders), [], []
+    for step, pairs in enumerate(fake.steps):
+        rows = [SimpleNamespace(x=x, y=y, finished=y[-1] == EOS) for x, y in pairs]
+        for row in rows:
+            with torch.no_grad():
+                row.old, row.ref = (row_logp(m, row.x, row.y) for m in (policy, reference))
+                score = judge(torch.tensor([row.x + row.y]))[:, -1]
+                row.r = ppo.shaped_reward(score, torch.tensor([row.finished]))[0]
+                row.V = row_values(critic, row.x, row.y)
+                row.V[states:] = 0
+            row.kl = (row.old - row.ref).sum()
+            row.R = row.r - RUN["beta"] * row.kl
+            row.prompt, row.text = common.decode(row.x), common.decode(row.y)
+        advantages_by_hand(estimator, rows)
+        updates, ratios, lr = defaultdict(list), [], RUN["lr"] * (2 - step) / 2
+        for order, part in ((o, p) for o in (next(orders), next(orders)) for p in PARTS):
+            batch, losses, errors, off = [rows[i] for i in order[part]], [], [], []
+            ratios.append([])
+            for row in batch:
+                ratio, A = (row_logp(policy, row.x, row.y) - row.old).exp(), row.A
+                far = gradient_off(A, ratio)
+                losses.append(-(A * ratio.where(~far, 1 + RUN["clip"] * A.sign())).sum())
+                errors.append(row_values(critic, row.x, row.y)[:states] - row.target)
+                off += far.tolist()
+                ratios[-1] += ratio.tolist()
+            loss = scale * torch.stack(losses).mean()
+            updates["policy_loss"].append(loss.item())
+            updates["grad_norm"].append(plain_step(adams[0], policy, loss, lr))
+            updates["clipped"].append(sum(off) / len(off))
+            if states != 0:
+                v_loss = 0.5 * torch.cat(errors).square().mean()
+                updates["value_loss"].append(v_loss.item())
+                plain_step(adams[1], critic, v_loss, lr)
+        for row in rows:
+            with torch.no_grad():
+                row.ratio = (row_logp(policy, row.x, row.y) - row.old).exp()
+            row.clipped = gradient_off(row.A, row.ratio).double()
+        r, kl = (torch.stack([getattr(row, key) for row in rows]).mean() for key in ("r", "kl"))
+        gold = [zoo.gold_reward(row.prompt, row.text, row.finished) for row in rows]
+        tokens = sum(len(row.y) for row in rows)
+        found = {key: sum(column) / len(column) for key, column in updates.items()}
+        found |= dict(step=step, lr=lr, reward=r, kl=kl, J=r - RUN["beta"] * kl)
+        found |= dict(gold=sum(gold) / 9, length=tokens / 9, sampler_gap=abs(GAPS[step]))
+        found["finished"] = sum(row.finished for row in rows) / 9
+        found["entropy"] = -sum(row.old.sum() for row in rows) / tokens
+        found["ratio_max"] = max(sum(ratios, []))
+        found["first_update_ratio"] = max(max(x, 1 / x) for x in ratios[0])
+        columns.append(found)
+        traced.append(rows[:3])
+    assert next(orders, None) is None
+    return columns, traced, policy
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_run_starts_at_no_kl_and_repeats_itself(repeats, moved, seen, estimator):
-    """A start that is not the reference; seeds that do not reach the run; a reference or a
-    reward model that is trained; a critic that shares the policy's weights or whose first V
-    is not 0; columns that are not those of the step; lr that does not fall to 0."""
-    rows = repeats(ppo, f"{TINY} --steps 4 --lr 0.01 --estimator {estimator}")
-    assert [float(row["kl"]) != 0 for row in rows] == [False, True, True, True]
-    assert moved()[:3] == [False, True, False]  # reward model, policy, reference
-    for step, row in enumerate(rows):
-        assert tuple(row) == ("step", *ROLLOUT, *UPDATE)
-        batch, update = seen["collect"][step][-1], seen["update"][step][-1]
-        for key, value in (batch.row | update).items():
-            if value is None:
-                assert row[key] == ""
-            else:
-                assert float(row[key]) == pytest.approx(float(value), rel=1e-5)
-        assert float(row["lr"]) == pytest.approx(0.01 * (1 - step / 4))
-        assert float(row["sampler_gap"]) < 1e-4  # rounding reaches 1e-5, and bugs 1e-2
-        assert (row["value_loss"] != "") == (estimator in ("value", "gae"))
+def test_a_run_is_its_slow_replay(estimator, call, closing, double, runs, fake, capsys):
+    """Whatever a run of two steps does to its answers: rows left out of an epoch or given
+    another row's A, old log-probs, target or reward; answers to a prompt that do not stand
+    together; an optimizer made anew each step, or one for two models; the wrong model sampled,
+    scored, judged or trained; the critic's start; a flag that does not arrive; a rate that
+    does not fall; a column of metrics.csv that is something else than it says.
 
-    (_, _, policy, reference, critic, _), live, _ = seen["collect"][0]
-    assert same(policy, reference)
-    memory = [{w.data_ptr() for w in m.parameters()} for m in live[2:5] if m]
-    assert len(set().union(*memory)) == sum(map(len, memory))  # nothing shared
-    assert (critic is not None) == (estimator in ("value", "gae"))
-    if critic:
-        assert not critic.scalar.weight.any()
-        trunk = {k: v for k, v in critic.named_parameters() if k != "scalar.weight"}
-        assert all(torch.equal(v, policy.get_parameter(k)) for k, v in trunk.items())
-        assert not same(critic, live[4])
+    And trace.jsonl, which must show the tensors of the update: another step, row, token or
+    policy, numbers computed anew, ρ from before the update."""
+    rows = call(ppo, flags(estimator=estimator, **RUN))
+    said = capsys.readouterr().out
+    assert len(fake.steps) == 2
+    assert all(sorted(order.tolist()) == list(range(9)) for order in fake.orders)
+    assert len({tuple(order.tolist()) for order in fake.orders}) == 4
+    prompts = [common.decode(x) for pairs in fake.steps for x, _ in pairs]
+    assert all(len({*prompts[i : i + 3]}) == 1 for i in range(0, 18, 3))
+    assert {*prompts} <= {*zoo.TRAIN_PROMPTS}
 
+    columns, traced, policy = replay(estimator, runs, fake)
+    assert any(0.05 < found["clipped"] < 0.95 for found in columns)
+    assert any(found["grad_norm"] > MAX_NORM for found in columns)
+    if estimator not in ("value", "gae"):
+        assert all(row.pop("value_loss") == "" for row in rows)
+    for row, found in zip(rows, columns, strict=True):
+        numbers = {key: float(cell) for key, cell in row.items()}
+        assert numbers == pytest.approx({k: float(v) for k, v in found.items()}, rel=2e-5)
+        for key in ("reward", "kl", "J", "gold"):
+            assert re.search(rf"\b{key} {re.escape(f'{numbers[key]:.3g}')}\b", said)
+    saved = common.load_model(runs / "new", "lm", "cpu")
+    for mine, theirs in zip(saved.parameters(), policy.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-8)
 
-def question_set(train: bool) -> set[str]:
-    return {x for x in common.QUESTIONS if (zlib.crc32(x.encode()) % 6 != 0) == train}
+    lines = (runs / "new/trace.jsonl").read_text(encoding="utf-8").splitlines()
+    for step, (line, answers) in enumerate(zip(lines, traced, strict=True)):
+        line = json.loads(line)
+        assert (line["step"], line["prompt"]) == (step, answers[0].prompt)
+        assert line["prompt"] == prompts[0]
+        for shown, row in zip(line["answers"], answers, strict=True):
+            for key in ("text", "finished"):
+                assert shown.pop(key) == getattr(row, key)
+            same = dict(tokens=torch.tensor(row.y), logprobs=row.old, ref_logprobs=row.ref)
+            keys = ("r", "kl", "R", "A", "V", "ratio", "clipped")
+            same |= {key: getattr(row, key) for key in keys}
+            assert shown.keys() == same.keys()
+            for key, value in same.items():
+                assert shown[key] == pytest.approx(value.tolist(), abs=6e-5)
 
-
-def test_a_run_is_made_of_what_its_flags_name(call, seen, runs, tiny):
-    """--init, --ref, --reward, --steps, --prompts, --lr or --max-new-tokens read by nothing,
-    or one for another; a seed that changes nothing; a closing table of other runs."""
-    for name, model in (("third", tiny(3)), ("judge", tiny(4, "scalar"))):
-        common.save_model(runs / name, model, {})
-        common.write(runs / name / "config.json", '{"seconds": 0, "flags": {}}')
-    flags = "--init other --ref third --reward judge --steps 5 --prompts 3 --samples 2"
-    flags += " --epochs 1 --minibatches 1 --max-new-tokens 6 --lr 0.007 --out new"
-    rows = call(ppo, flags)
-    init, ref, judge = (
-        common.load_model(runs / name, head, CPU)
-        for name, head in (("other", "lm"), ("third", "lm"), ("judge", "scalar"))
-    )
-    (_, prompts, policy, reference, _, _), _, batch = seen["collect"][0]
-    assert same(policy, init)
-    assert same(reference, ref)
-    trunk = dict(seen["collect"][0][0][4].named_parameters())  # the critic's, at the start
-    assert not trunk.pop("scalar.weight").any()
-    assert all(torch.equal(w, init.get_parameter(name)) for name, w in trunk.items())
-    assert len(seen["collect"]) == len(rows) == 5
-    assert len(prompts) == 3
-    assert [x for x, _ in parts(batch)] == [common.chat(x) for x in prompts for _ in range(2)]
-    assert max(len(y) for _, y in parts(batch)) == 6
-    judged = [judge(torch.tensor([x + y]))[0, -1].item() for x, y in parts(batch)]
-    assert float(rows[0]["reward"]) == pytest.approx(sum(judged) / 6, abs=1e-4)
-    assert float(rows[0]["kl"]) != 0
-    falling = [0.007 * (1 - step / 5) for step in range(5) for _ in ("policy", "critic")]
-    assert [args[3] for _, args, _ in seen["descend"]] == pytest.approx(falling)
-    cfg, names, _, reward_name, held, _ = seen["closing_table"][0][1]
-    assert (names, reward_name, cfg.out) == (["third", "other", "new"], "judge", "new")
-    assert set(held) == question_set(False)
-    trace = (runs / "new/trace.txt").read_text()
-    assert re.findall(r"(?m)^step (\d+)", trace) == ["0", "4"]  # every 20th, and the last
-    other = call(ppo, f"{flags} --seed 1")
-    assert {row["reward"] for row in other}.isdisjoint(row["reward"] for row in rows)
+    cfg, names, _, reward_name, held, _ = closing[0]
+    assert (names, reward_name) == (["third", "other", "new"], "judge")
+    assert (cfg.init, cfg.out, cfg.max_new_tokens) == ("other", "new", 8)
+    assert {*held} == {*zoo.HELD_OUT_PROMPTS}
+    assert f"--runs {runs}" in said
+    assert re.search(rf"{estimator}\b.*\b0\.4\b.*\b3\b.*\b3\b.*\bjudge\b", said)
 
 
-def test_every_training_prompt_is_asked_and_no_other(call, seen):
-    """Training on held-out prompts, on a part of the prompts, or on one prompt twice before
-    all were asked; a closing table of training prompts."""
-    n = len(question_set(True))
-    flags = f"--steps 2 --prompts {n // 2} --samples 1 --epochs 1 --minibatches 1"
-    call(ppo, f"{flags} --max-new-tokens 1 --estimator reinforce --out new")
-    asked = [x for _, args, _ in seen["collect"] for x in args[1]]
-    assert len(asked) == len(set(asked)) == n - n % 2
-    assert set(asked) <= question_set(True)
-    assert set(seen["closing_table"][0][1][4]) == question_set(False)
+# ----------------------------------------------------------------- prompts, flags and seeds
+
+SMALL = dict(steps=2, prompts=3, samples=2, epochs=1, minibatches=6, max_new_tokens=3)
 
 
-def test_a_reward_function_is_maximised_on_own_prompts(call, seen, tmp_path):
+def test_every_prompt_is_asked_before_any_comes_again():
+    """A prompt left out or asked twice in a round; one order for all rounds; a traced prompt
+    that is not the first of each traced step, or changes; too few or too many prompts."""
+    names = [str(i) for i in range(20)]
+    for steps, traced in ((60, {*range(0, 60, 5), 59}), (5, {*range(5)}), (23, {*range(23)})):
+        common.seed_all(0)
+        cfg = ppo.Config(steps=steps, prompts=3)
+        asked = list(ppo.draw(cfg, names))
+        assert {step for step in range(steps) if ppo.is_traced(cfg, step)} == traced
+        assert [len(x) for x in asked] == [3] * steps
+        assert {asked[step][0] for step in traced} == {asked[0][0]}
+        stream = asked[0][:1] + sum((x[step in traced :] for step, x in enumerate(asked)), [])
+        rounds = [stream[i : i + 20] for i in range(0, len(stream), 20)]
+        assert all({*x} == {*names} for x in rounds if len(x) == 20)
+        assert all(len({*x}) == len(x) for x in rounds)
+        assert len({*map(tuple, rounds)}) == len(rounds)
+
+
+def test_a_reward_function_is_maximised_on_own_prompts(call, closing, runs, tmp_path):
     """--data or --reward FILE.py:function not used; prompts or answers handed over in another
     order; held-out prompts trained on; a prompt that leaves no room for --max-new-tokens;
-    descent of J for ascent. Outside the world gold is an empty cell."""
-    code, data = tmp_path / "mine.py", tmp_path / "mine.jsonl"
-    code.write_text(
-        "def r(x, y):\n    return [len(a) + 100 * b.startswith(' ') for a, b in zip(x, y)]\n"
+    a trace of other steps or prompts. Outside the zoo gold is an empty cell."""
+    seen, mine = tmp_path / "seen", [f"où {'?' * i}" for i in range(30)]
+    (tmp_path / "mine.py").write_text(
+        "import json\ndef r(completions, prompts):\n"
+        f"    open({str(seen)!r}, 'a').write(json.dumps([prompts, completions]) + '\\n')\n"
+        "    return [len(a) + 100 * b.startswith(' ') for a, b in zip(prompts, completions)]\n"
     )
-    mine = [f"где {'?' * i}" for i in range(30)]
     full = "a" * 157  # with its two specials, and 2 new tokens, over the context of 160
-    rows = [{"prompt": prompt} for prompt in [*mine, full]]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = "--beta 0 --steps 12 --lr 0.02 --prompts 24 --minibatches 1 --max-new-tokens 2"
-    rows = call(ppo, f"{flags} --reward {code}:r --data {data} --estimator rloo --out new")
-    train = {x for x in mine if zlib.crc32(x.encode()) % 6}
-    assert 0 < len(train) < 30
-    asked = {x for _, args, _ in seen["collect"] for x in args[1]}
-    assert asked == train
-    assert set(seen["closing_table"][0][1][4]) == {*mine} - train
-    for (_, prompts, *_), _, batch in seen["collect"][:2]:
-        known = zip([x for x in prompts for _ in range(4)], parts(batch), batch.reward)
-        for x, (_, y), r in known:
-            assert r == len(x) + 100 * common.decode(y).startswith(" ")
-    reward = [float(row["reward"]) for row in rows]
-    print("REWARD", reward)
-    assert sum(reward[-3:]) / 3 > sum(reward[:3]) / 3 + 15
+    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in [*mine, full]]
+    (tmp_path / "mine.jsonl").write_text("".join(lines))
+    run = dict(beta=0, steps=24, lr=0.03, prompts=6, epochs=1, max_new_tokens=2, out="new")
+    run |= dict(reward=f"{tmp_path}/mine.py:r", data=tmp_path / "mine.jsonl", estimator="rloo")
+    rows, held = call(ppo, flags(**run)), {*closing[0][4]}
+    batches = [json.loads(line) for line in seen.read_text().splitlines()]
+    assert {prompt for prompts, _ in batches for prompt in prompts} == {*mine} - held
+    assert 0 < len(held) < 10
+    assert closing[0][3] == "mine.py:r"
     assert {row["gold"] for row in rows} == {""}
+    first, last = (sum(float(row["reward"]) for row in x) / 3 for x in (rows[:3], rows[-3:]))
+    assert last > first + 15
+    lines = (runs / "new/trace.jsonl").read_text(encoding="utf-8").splitlines()
+    traced = {line["step"]: line for line in map(json.loads, lines)}
+    assert [*traced] == [*range(0, 24, 2), 23]
+    for step, line in traced.items():
+        assert [line["prompt"]] * 4 == batches[step][0][:4] == batches[0][0][:4]
+        assert [answer["text"] for answer in line["answers"]] == batches[step][1][:4]
 
 
-def test_one_epoch_of_one_minibatch_never_leaves_ratio_1(call):
-    """The header's --epochs 1 --minibatches 1 is plain REINFORCE or RLOO: nothing is ever
-    clipped. An update more, and a ratio moves."""
-    once, more = (
-        call(ppo, f"{TINY} --lr 0.01 --out new --epochs {k} --minibatches 1") for k in (1, 3)
-    )
-    for row in once:
-        assert float(row["ratio_max"]) == pytest.approx(1, abs=1e-4)
-        assert float(row["clipped"]) == 0
-    assert float(more[0]["ratio_max"]) > 1.01
+def test_one_seed_one_result(call, closing, runs, monkeypatch):
+    """A run that depends on what came before it in the process, or had to be made on the way;
+    a seed that does not arrive, or is set anew each step: then a policy that hardly moves
+    gives the same answers to the traced prompt again. A reference that is the policy."""
+    models = {name: (runs / name / "model.pt").read_bytes() for name in ("sft", "reward_model")}
+
+    def make(cfg, name):
+        random.random(), torch.rand(3)
+        (runs / name / "model.pt").write_bytes(models[name])
+
+    def result(seed: int) -> list[bytes]:
+        rows = call(ppo, flags(lr=1e-4, seed=seed, out="new", **SMALL))
+        assert [float(row["kl"]) != 0 for row in rows] == [False, True]
+        names = ("metrics.csv", "trace.jsonl", "model.pt")
+        return [(runs / "new" / name).read_bytes() for name in names]
+
+    monkeypatch.setattr(common, "make", make)
+    first = result(7)
+    for name in models:
+        (runs / name / "model.pt").unlink()
+    assert result(7) == first
+    other = result(8)
+    assert not any(a == b for a, b in zip(first, other))
+    lines = [json.loads(line) for x in (first, other) for line in x[1].splitlines()]
+    assert lines[0]["prompt"] == lines[1]["prompt"] != lines[2]["prompt"]
+    assert lines[0]["answers"][0]["text"] != lines[1]["answers"][0]["text"]
 
 
-# ---------------------------------------------------------------------------------- trace.txt
-
-
-def numbers(line: str, decimals: int = 2) -> list[float]:
-    return [float(x) for x in re.findall(rf"-?\d+\.\d{{{decimals}}}(?!\d)", line)]
-
-
-@pytest.mark.parametrize(("estimator", "n"), [*((name, 3) for name in ESTIMATORS), ("gae", 1)])
-def test_trace_shows_the_numbers_of_the_update(call, seen, runs, estimator, n):
-    """A trace of another step, row, token, policy or estimator than it says, or of numbers
-    computed anew: each is compared with the tensors that the update had."""
-    flags = f"{TINY} --init other --samples {n} --lr 0.02 --beta 0.4 --estimator {estimator}"
-    rows = call(ppo, f"{flags} --out new")
-    texts = re.split(r"(?m)^(?=step \d)", (runs / "new/trace.txt").read_text())[1:]
-    after = [seen["collect"][1][0][2], seen["update"][1][1][3]]  # of step 0, and of step 1
-    assert len(texts) == len(rows) == 2
-    for step, (text, row, policy) in enumerate(zip(texts, rows, after)):
-        (_, prompts, *_), _, batch = seen["collect"][step]
-        A = seen["update"][step][1][2].expand_as(batch.tokens)
-        lines, answers = text.strip().splitlines(), parts(batch)[:n]
-        assert lines[0].startswith(f"step {step} ")
-        assert prompts[0] in lines[0]
-        mean_A, on = [], batch.response_mask
-        for i, (x, y) in enumerate(answers):
-            old, ref = (z[i][on[i]].sum() for z in (batch.old_logprobs, batch.ref_logprobs))
-            R, a = batch.returns[i], A[i][on[i]].mean()
-            new = row_logp(policy, x, y).sum().detach()
-            assert abs(new - old) > 0.02  # so that after is not before
-            expected = [batch.reward[i], old, ref, old - ref, R, R - a, a, new]
-            line, quoted = lines[2 + i][:96], lines[2 + i][96:].strip()
-            assert numbers(line) == pytest.approx([float(z) for z in expected], abs=0.006)
-            assert quoted == repr(common.decode(y))
-            mean_A.append(a.item())
-        cfg = ppo.Config(estimator=estimator, samples=n, beta=0.4)
-        for i, theirs in enumerate(advantages_by_hand(cfg, batch)):
-            assert A[i][on[i]].tolist() == pytest.approx(theirs, abs=1e-4)
-
-        i = max(range(n), key=lambda i: abs(mean_A[i]))
-        x, y = answers[i]
-        columns = [z[i][on[i]] for z in (batch.old_logprobs, batch.ref_logprobs, A)]
-        ratio = (row_logp(policy, x, y) - columns[0]).exp()
-        expected = torch.stack([*columns, ratio], 1).tolist()
-        for t, token in enumerate(y):
-            line = lines[4 + n + t]
-            assert numbers(line[:48]) == pytest.approx(expected[t], abs=0.006)
-            name = "EOS" if token == EOS else repr(common.decode([token]))
-            assert line[48:].strip().startswith(name)
-            a, rho = expected[t][2:]
-            if min(abs(rho - 0.8), abs(rho - 1.2)) > 0.001:
-                assert ("clipped" in line) == (rho > 1.2 if a > 0 else rho < 0.8)
-        assert lines[4 + n + len(y)] == ""
-
-        for line, name in zip(lines[5 + n + len(y) :], ("reinforce", *ESTIMATORS[:3], "gae")):
-            assert line.startswith(f"A by {name}")
-            needs = {"value": ("value", "gae"), "gae": ("gae",)}.get(name, ESTIMATORS)
-            expected = []
-            if estimator in needs and (n > 1 or name not in ("rloo", "grpo")):
-                cfg = ppo.Config(estimator=name, samples=n, beta=0.4)
-                expected = [sum(z) / len(z) for z in advantages_by_hand(cfg, batch)[:n]]
-            assert numbers(line) == pytest.approx(expected, abs=0.006)
-
-        J, reward, kl, mean_R = numbers(lines[-1], 3)
-        assert J == pytest.approx(float(row["J"]), abs=6e-4)
-        assert J == pytest.approx(mean_R, abs=2e-3)
-        assert reward - 0.4 * kl == pytest.approx(J, abs=2e-3)
-        assert mean_R == pytest.approx(batch.returns.mean().item(), abs=6e-4)
-        assert abs(kl) > 0.01
+def test_the_reward_is_shaped_in_one_place(call, closing, runs, tiny, monkeypatch):
+    """A penalty for cut answers that training has and the closing table has not, or that sees
+    another row's end."""
+    ender, asked = tiny(5), ["what?"] * 20
+    with torch.no_grad():
+        ender.embed.weight[EOS] *= 8  # ends half of its answers
+    common.save_model(runs / "ender", ender)
+    run = flags(init="ender", ref="ender", out="new", **SMALL)
+    plain, rollout = call(ppo, run)[0], common.generate(ender, [*map(common.chat, asked)], 3)
+    expected = closing[0][2](asked, rollout) - 100 * ~rollout.finished
+    shape = ppo.shaped_reward
+    monkeypatch.setattr(ppo, "shaped_reward", lambda *given: shape(*given) - 100 * ~given[1])
+    shaped, cut = call(ppo, run)[0], 1 - float(plain["finished"])
+    assert 0 < cut < 1
+    reward = float(plain["reward"]) - 100 * cut
+    assert float(shaped["reward"]) == pytest.approx(reward, abs=1e-2)
+    assert 0 < rollout.finished.sum() < 20
+    torch.testing.assert_close(closing[1][2](asked, rollout), expected)
 
 
 # --------------------------------------------------------------------- what must end a run
 
 
-def shift_logprobs(batch, by):
-    batch.old_logprobs[batch.response_mask] += by
+def first(mask: Tensor) -> Tensor:
+    return mask & (mask.cumsum(1) == 1)
 
 
-def shift_last(batch, by):
-    remaining = batch.response_mask.flip(1).cumsum(1).flip(1)
-    batch.old_logprobs[batch.response_mask & (remaining == 1)] += by
+SHIFTS = {  # of what a function gives: in the updates alone, as if sampled, in the KL
+    "token_logprobs": lambda x, by, *given: x + by * first(given[2]) * torch.is_grad_enabled(),
+    "generate": lambda x, by, *_: replace(x, logprobs=x.logprobs + by * first(x.response_mask)),
+    "response_return": lambda x, by, *_: (x[0], x[1] + by),
+}
+PLANTS = [  # where, what, by how much in a sound run, in a wrong one, and what is then said
+    (common, "token_logprobs", 3e-5, 1.3e-4, lambda by: 1 + abs(by)),
+    (common, "generate", 3e-5, 1.3e-4, abs),
+    (ppo, "response_return", 0, 1e-6, float),
+]
 
 
-def shift_column(batch, key, by):
-    batch.row[key] = batch.row[key] + by
-
-
-@pytest.mark.parametrize(
-    ("plant", "ends"),
-    [
-        (lambda batch: shift_logprobs(batch, 2e-4), True),
-        (lambda batch: shift_logprobs(batch, -2e-4), True),
-        (lambda batch: shift_last(batch, 1.3e-4), True),
-        (lambda batch: shift_column(batch, "sampler_gap", 2e-4), True),
-        (lambda batch: shift_column(batch, "kl", 1e-6), True),
-        (lambda batch: shift_logprobs(batch, 3e-5), False),
-    ],
-    ids=["ratio below 1", "ratio above 1", "one token's ratio", "sampler", "kl", "rounding"],
-)
-def test_a_start_that_cannot_be_ends_the_run(call, files, monkeypatch, plant, ends):
-    """Old log-probs that are not those of the policy in training, or a KL to oneself that is
-    not 0, and the run goes on; a bound so near rounding that a sound run ends."""
-    collect, before = ppo.collect, files()
-
-    def planted(*args):
-        batch = collect(*args)
-        plant(batch)
-        return batch
-
-    monkeypatch.setattr(ppo, "collect", planted)
-    if not ends:
-        assert len(call(ppo, TINY)) == 2
-        return
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("plant", PLANTS, ids=SHIFTS)
+def test_a_wrong_start_ends_the_run(call, closing, files, monkeypatch, capsys, plant, sign):
+    """Old log-probs that are not those of the policy in training, on either side of ρ = 1, or
+    a KL to oneself that is not 0, and the run goes on, or replaces an earlier one; a bound so
+    near rounding that a sound run ends."""
+    module, name, by, bug, number = plant
+    run, honest = flags(estimator="rloo", out="new", **SMALL), getattr(module, name)
+    shifted = lambda *given: SHIFTS[name](honest(*given), sign * by, *given)  # noqa: E731
+    monkeypatch.setattr(module, name, shifted)
+    assert len(call(ppo, run)) == 2
+    before, by = files(), bug
     with pytest.raises(SystemExit) as stopped:
-        call(ppo, TINY)
+        call(ppo, run)
     assert stopped.value.code == 1
-    assert files() == before
+    assert files() | before == files()
+    said = [float(x) for x in re.findall(r"-?\d[\d.]*(?:e-\d+)?", capsys.readouterr().err)]
+    assert any(x == pytest.approx(number(sign * bug), rel=0, abs=bug / 10) for x in said)
 
 
-@pytest.mark.parametrize("name", ["policy_loss", "value_loss"])
-def test_a_loss_that_is_not_finite_ends_the_run(diverges, name):
+@pytest.mark.parametrize("loss", ["policy_loss", "value_loss"])
+def test_a_loss_that_is_not_finite_ends_the_run(diverges, loss):
     """NaN weights that are saved, or a step skipped in silence."""
-    assert diverges(ppo, TINY, name, 6).count("\n") == 1
+    diverges(ppo, flags(out="new", **SMALL), loss, 3)
 
 
-def test_as_many_updates_as_minibatches_says(call, monkeypatch):
-    """Rows that do not divide by --minibatches: 6 in chunks of 2 are 3 updates, not 4."""
-    calls, honest = [], common.descend
-    monkeypatch.setattr(common, "descend", lambda *x: calls.append(1) or honest(*x))
-    call(ppo, f"{TINY} --steps 1 --minibatches 4 --epochs 2 --estimator rloo --out new")
-    assert len(calls) == 8
-
-
-def test_a_reward_model_with_a_shorter_context(refused, runs, tiny):
-    """Answers that its context cannot hold: a traceback."""
-    common.save_model(runs / "short", tiny(3, "scalar", context=9), {})
-    assert "short" in refused(ppo, f"{TINY} --reward short --out new")
-
-
-def test_a_reference_with_a_shorter_context(call, runs, tiny, monkeypatch):
+def test_a_reference_with_a_shorter_context(call, closing, runs, tiny):
     """Prompts and answers that fit into the policy's context, and not into the reference's."""
-    common.save_model(runs / "short", tiny(3, context=20), {})
-    honest = common.read_prompts
-
-    def read_prompts(data, room, context):
-        assert context == 20
-        return honest(data, room, context)
-
-    monkeypatch.setattr(common, "read_prompts", read_prompts)
-    rows = call(ppo, f"{TINY} --prompts 30 --max-new-tokens 9 --ref short --out new")
-    assert rows
+    common.save_model(runs / "short", tiny(3, context=20))
+    run = SMALL | dict(prompts=30, samples=1, max_new_tokens=9)
+    assert call(ppo, flags(ref="short", out="new", **run))
+    assert max(len(common.chat(x)) for x in closing[0][4]) + 9 == 20
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--gamma 1",
-        "--beta -0.1",
-        "--beta inf",
-        "--lr 1e30",
-        "--lam 1.1",
-        "--epochs 0",
-        "--estimator a2c",
-        "--samples 1 --estimator rloo",
-        "--samples 1 --estimator grpo",
-        "--init nowhere",
-        "--ref nowhere",
-        "--reward nowhere",
-        "--init reward_model",
-        "--ref reward_model",
-        "--reward sft",
-        "--reward nowhere.py:r",
-        "--reward mine.py",
-        "--data nowhere.jsonl",
-        "--max-new-tokens 160",
-        "--out sft",
-        "--ref other --out other",
-        "--reward judge --out judge",
-        "--minibatches 7",  # of 6 answers
-    ],
-)
-def test_a_wrong_command_line_is_refused(refused, flags):
-    """What is known before training and said after it, or not at all; a typo that becomes a
-    default; an input that is overwritten."""
-    refused(ppo, f"{TINY} {flags}")
+WRONG = """--estimator a2c|--estimator rloo --samples 1|--estimator grpo --samples 1|
+--minibatches 7|--init reward_model|--ref reward_model|--reward sft|--beta -0.1|--clip -1|
+--lam -1|--lr -1|--steps 0|--prompts 0|--samples 0|--epochs 0|--minibatches 0"""
+
+
+@pytest.mark.parametrize("given", WRONG.replace("\n", "").split("|"))  # 6 answers
+def test_a_wrong_command_line_is_refused(refused, given):
+    """What is known before training and said after it, or not at all."""
+    refused(ppo, f"{flags(out='new', **SMALL)} {given}")

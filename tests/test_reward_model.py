@@ -1,21 +1,21 @@
 """reward_model.py: Bradley-Terry, what is trained on, centring, accuracy, whole runs."""
 
-import json
 import math
-import random
 import re
 
 import pytest
 import tiny as world
 import torch
-from tiny import NAMES, PROMPTS
+from tiny import PROMPTS
 
 import common
 import reward_model
-from common import ASSISTANT, EOS, PAD, USER, Transformer
+from common import ASSISTANT, EOS, PAD, Transformer
+from data import zoo
 
 TINY = "--epochs 1 --batch 8 --max-new-tokens 3"
 CPU = torch.device("cpu")
+SIDES = ("chosen", "rejected")
 TWO = 2  # at most two tokens: 13 completions, 156 ordered pairs per prompt
 N = len(world.completions(TWO))
 R = torch.randn(3, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -28,109 +28,62 @@ PREFERRED = torch.sigmoid(R[:, FIRST] - R[:, SECOND])  # P(first ≻ second), Br
 
 def test_bradley_terry_by_hand():
     """The wrong way round; a margin with the wrong sign; log(sigmoid(x)), which is −inf far
-    out; a mean in place of one value per pair. σ(ln 3) = 3/4."""
-    ln3 = math.log(3)
-    chosen, rejected = torch.tensor([ln3, -500.0]), torch.tensor([0.0, 500.0])
-    loss = reward_model.bradley_terry_loss(chosen, rejected)
-    assert loss.tolist() == pytest.approx([math.log(4 / 3), 1000.0])
-    asked = [
-        reward_model.bradley_terry_loss(chosen, rejected, m)[0].item() for m in (ln3, 2 * ln3)
-    ]
-    assert asked == pytest.approx([math.log(2), math.log(4)])
+    out; a mean in place of one value per pair. σ(ln 3) = 3/4; ∂L/∂r_c = −σ(r_r − r_c)."""
+    ln3, loss = math.log(3), reward_model.bradley_terry_loss
+    chosen = torch.tensor([ln3, -500.0], requires_grad=True)
+    rejected = torch.tensor([0.0, 500.0], requires_grad=True)
+    found = loss(chosen, rejected)
+    assert found.tolist() == pytest.approx([math.log(4 / 3), 1000.0])
+    assert loss(chosen, rejected, ln3)[0].item() == pytest.approx(math.log(2))
+    assert loss(chosen, rejected, 2 * ln3)[0].item() == pytest.approx(math.log(4))
+    assert loss(chosen, rejected, -ln3)[0].item() == pytest.approx(math.log(10 / 9))
+    found.sum().backward()
+    assert chosen.grad.tolist() == pytest.approx([-1 / 4, -1])
+    assert rejected.grad.tolist() == pytest.approx([1 / 4, 1])
 
 
-def test_bradley_terry_gradient_is_how_wrong_it_was():
-    """∂L/∂r_c = −σ(r_r − r_c): towards chosen, and little where it is sure already."""
-    chosen, rejected = (torch.tensor(x, requires_grad=True) for x in ([0.0, 5.0], [0.0, 0.0]))
-    reward_model.bradley_terry_loss(chosen, rejected).sum().backward()
-    expected = [-0.5, -1 / (1 + math.exp(5))]
-    assert chosen.grad.tolist() == pytest.approx(expected)
-    assert rejected.grad.tolist() == pytest.approx([-x for x in expected])
+def test_a_tie_counts_one_half():
+    """Ties that count as right, or as wrong; the share of the rejected."""
+    chosen, rejected = torch.tensor([1.0, 2, 0, 5, -1]), torch.tensor([1.0, 1, 3, -5, -9])
+    assert reward_model.accuracy(chosen, rejected).item() == pytest.approx(3.5 / 5)
 
 
-def test_reward_is_recovered_up_to_a_constant_per_prompt():
+def test_reward_is_recovered_up_to_a_constant_per_prompt(minimised):
     """Chosen and rejected swapped; a score read at a pad or at another token."""
     rows = world.listed([(x, y) for x in PROMPTS for y in world.completions(TWO) for _ in "cr"])
     tokens, mask = (part.unflatten(0, (-1, 2)) for part in (rows.tokens, rows.response_mask))
     model = world.transformer(7, "scalar", channels=16, hidden=32, layers=1)
-    optimizer = torch.optim.LBFGS(
-        model.parameters(),
-        max_iter=250,
-        tolerance_grad=1e-7,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
 
     def scores():  # each completion stands twice, as its own pair
         chosen, rejected = reward_model.pair_scores(model, tokens, mask)
         assert (chosen - rejected).abs().max() < 1e-12
         return chosen.view(3, N)
 
-    def closure():
-        optimizer.zero_grad()
+    def loss(_):
         r = scores()
-        loss = reward_model.bradley_terry_loss(r[:, FIRST], r[:, SECOND])
-        value = (PREFERRED * loss).sum() / PREFERRED.sum()
-        value.backward()
-        return value
+        each = reward_model.bradley_terry_loss(r[:, FIRST], r[:, SECOND])
+        return (PREFERRED * each).sum() / PREFERRED.sum()
 
-    optimizer.step(closure)
+    minimised(model, loss, 1e-7, 200)
     error = scores().detach() - R
     assert (error - error.mean(1, keepdim=True)).abs().max() < 1e-2
 
 
-def test_what_train_descends_in_the_enumerable_world(double, steps, monkeypatch, tmp_path):
+def test_what_train_descends_in_the_enumerable_world(
+    double, steps, ordered, monkeypatch, tmp_path
+):
     """A score read at the last token that is no PAD, which in this world is a word; a mask from
-    `!= PAD`; chosen and rejected swapped; a margin with the wrong sign: the gradient of train's
-    own step, on all ordered pairs, is the enumerated one."""
+    `!= PAD`; chosen and rejected swapped; a margin with the wrong sign: the loss and gradient
+    of train's own step, on all ordered pairs, are the enumerated ones."""
     made, model = world.completions(TWO), world.transformer(3, "scalar")
-    ids = lambda row, side: (world.chat(row["prompt"]), list(made[row[side]]))  # noqa: E731
-    monkeypatch.setattr(common, "answer_ids", ids)
     monkeypatch.setattr(reward_model, "center", lambda *_: None)
-    sides = list(zip(FIRST.tolist(), SECOND.tolist()))
-    rows = [dict(prompt=x, chosen=c, rejected=r) for x in NAMES for c, r in sides]
-    cfg = reward_model.Config(runs=str(tmp_path), epochs=1, batch=len(rows), margin=0.4)
-    reward_model.train(cfg, model, rows)
-    r = torch.stack(
-        [model(torch.tensor([x + list(y)]))[0, -1] for x in PROMPTS for y in made]
-    ).view(3, N)
+    flags = dict(epochs=1, batch=len(ordered), margin=0.4)
+    reward_model.train(reward_model.Config(runs=str(tmp_path), **flags), model, ordered)
+    r = [model(torch.tensor([x + list(y)]))[0, -1] for x in PROMPTS for y in made]
+    r = torch.stack(r).view(3, N)
     exact = (1 + (r[:, SECOND] - r[:, FIRST] + 0.4).exp()).log().mean()
     assert steps[0].loss == pytest.approx(exact.item(), abs=1e-10)
     assert world.apart(steps[0].gradient, world.gradient(exact, model)) < 1e-10
-
-
-def alone(model, row, side):
-    """r of one answer, unpadded; EOS is its last token, unless it was cut off."""
-    end = [EOS] * row.get(f"{side}_finished", True)
-    ids = [USER, *common.encode(row["prompt"]), ASSISTANT, *common.encode(row[side]), *end]
-    return model(torch.tensor([ids]))[0, -1]
-
-
-def test_each_answer_of_a_pair_is_scored_as_if_alone(tiny, pairs):
-    """Chosen and rejected swapped by a reshape; a score read from padding; EOS left out, or
-    there where the answer was cut off."""
-    model, rows = tiny(0, "scalar"), pairs(9)
-    rows[4]["rejected_finished"] = False
-    found = reward_model.pair_scores(model, *common.encode_pairs(rows, CPU))
-    for side, scores in zip(("chosen", "rejected"), found):
-        for row, r in zip(rows, scores.tolist()):
-            assert r == pytest.approx(alone(model, row, side).item(), abs=1e-5)
-
-
-def test_padding_and_the_order_of_pairs_change_no_gradient(tiny, pairs):
-    """Losses that depend on who else is in the batch."""
-
-    def gradient(rows, pad):
-        model = tiny(0, "scalar")
-        tokens, mask = common.encode_pairs(rows, CPU)
-        tokens = torch.nn.functional.pad(tokens, (0, pad), value=PAD)
-        mask = torch.nn.functional.pad(mask, (0, pad))
-        scores = reward_model.pair_scores(model, tokens, mask)
-        reward_model.bradley_terry_loss(*scores).mean().backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    rows = pairs(6)
-    assert (gradient(rows, 0) - gradient(rows[::-1], 7)).abs().max() < 1e-5
 
 
 # ----------------------------------------------------------------- a whole script, by hand
@@ -138,122 +91,80 @@ def test_padding_and_the_order_of_pairs_change_no_gradient(tiny, pairs):
 
 @pytest.fixture
 def demonstrated(monkeypatch):
-    """Of the 1000 demonstrations that r is centred on the first 9 are drawn; the arguments."""
-    calls, honest = [], common.demonstrations
+    """Of the demonstrations of training questions that r is centred on, the first 9 are
+    returned; how many were asked for, and with which seed."""
+    calls, honest = [], zoo.demonstrations
 
     def few(n, seed):
         calls.append((n, seed))
         return honest(9, seed)
 
-    monkeypatch.setattr(common, "demonstrations", few)
+    monkeypatch.setattr(zoo, "demonstrations", few)
     return calls
-
-
-@pytest.fixture
-def mine(tmp_path):
-    """--data: 40 pairs in another alphabet. Returns the file and its rows."""
-    rows = [{"prompt": f"где {i}?", "chosen": "там" + "!" * (i % 4), "rejected": "нет"}
-            for i in range(40)]  # fmt: skip
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path / "mine.jsonl", rows
 
 
 @pytest.mark.parametrize("own", [False, True])
 def test_every_column_and_the_weights_by_hand(
-    own, call, runs, double, closing, demonstrated, mine
+    own, call, runs, double, closing, drawn, slow, demonstrated, mine, pairs, save, capsys
 ):
-    """A column of metrics.csv that is something else; held-out pairs trained on; --init,
-    --epochs, --margin or --lr that does not arrive, or with the wrong sign; a head that is
-    not random; an offset off the demonstrations, or off the chosen answers of one's own data;
-    a learning rate that does not fall to 0: three passes, as AdamW alone does them."""
-    file, rows = mine
-    train, _ = world.parted(rows if own else world.judged(runs))
-    flags = f"--data {file}" if own else ""
-    flags += " --init other --epochs 3 --batch 99 --lr 0.01 --margin 0.3 --seed 4 --out new"
-    table = call(reward_model, flags)
-    torch.manual_seed(4)
+    """A held-out pair trained on, pairs that come twice in an epoch or never; sides swapped;
+    EOS left out, or there where an answer was cut; a column that is something else; a rate
+    that does not fall to 0 or is not used; an optimizer that forgets; a trunk that is not
+    that of --init, or a head that is not random; an offset off the demonstrations, or off the
+    chosen answers of one's own data; --epochs, --batch, --lr, --margin, --seed, --data that do
+    not arrive; a table of training prompts, another policy, or another reward than this one."""
+    file, train, held = mine
+    if not own:
+        rows = pairs(27)
+        rows[3]["chosen_finished"] = rows[5]["rejected_finished"] = False
+        save("comparisons", rows)
+        train, held = world.parted(rows)
+    n = math.ceil(len(train) / 9)
+    assert len(train) % 9
+    flags = "--init other --epochs 2 --batch 9 --lr 0.01 --margin 0.3 --seed 4 --out new"
+    table = call(reward_model, flags + f" --data {file}" * own)
     policy = common.load_model(runs / "other", "lm", CPU)
+    torch.manual_seed(4)
     model = Transformer(policy.config, "scalar")
     model.load_state_dict(policy.state_dict(), strict=False)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0)
-    assert len(table) == 3
-    for step, row in enumerate(table):
-        chosen, rejected = (
-            torch.stack([alone(model, row, side) for row in train])
-            for side in ("chosen", "rejected")
-        )
-        loss, lr = (1 + (rejected - chosen + 0.3).exp()).log().mean(), 0.01 * (3 - step) / 3
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.cat([weight.grad.flatten() for weight in model.parameters()]).norm()
-        optimizer.step()
-        by_hand = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
-        by_hand["accuracy"] = sum(map(float.__gt__, chosen.tolist(), rejected.tolist()))
-        by_hand["accuracy"] /= len(train)
-        assert {k: float(v) for k, v in row.items()} == pytest.approx(by_hand, rel=2e-5)
-    new = common.load_model(runs / "new", "scalar", CPU)
-    for name, weight in new.named_parameters():
-        torch.testing.assert_close(weight, model.get_parameter(name), rtol=0, atol=1e-9)
-    if own:
-        scores = [alone(model, row, "chosen").item() for row in train]
-    else:
-        rows = common.demonstrations(9, 4)
-        scores = [alone(model, row, "completion").item() for row in rows]
-        assert demonstrated[0] == (1000, 4)
-    assert new.offset.item() == pytest.approx(sum(scores) / len(scores), abs=1e-9)
+    known = sorted(tuple(slow.ids(row, side) for side in SIDES) for row in train)
+    assert [sorted(sum(epoch, [])) for epoch in (drawn[:n], drawn[n:])] == [known, known]
+    assert drawn[0] != drawn[n]  # in another order
+    take = slow.descent(model, 0.01, 2 * n)
+    for step, (row, batch) in enumerate(zip(table, drawn, strict=True)):
+        gaps = [slow.score(model, *c) - slow.score(model, *r) for c, r in batch]
+        losses = torch.stack([(1 + (0.3 - gap).exp()).log() for gap in gaps])
+        numbers = {"step": step, "accuracy": sum(gap > 0 for gap in gaps) / len(gaps)}
+        slow.same(row, numbers | take(losses.mean()))
+    rows, side = (train, "chosen") if own else (zoo.demonstrations(9, 4), "completion")
+    scores = [slow.score(model, *slow.ids(row, side)).item() for row in rows]
+    model.offset += sum(scores) / len(scores)
+    slow.same_weights(runs / "new", model)
+    assert all(n >= 200 and seed == 4 for n, seed in demonstrated[:1])
+
+    said = capsys.readouterr().out
+    about = re.search("^new: .*", said, re.M)[0]
+    assert re.findall(r"\d+", about) == [str(len(train)), str(len(held))]
+    assert f"new {2 * n}/{2 * n}" in said
+    cfg, names, reward, reward_name, prompts, device = closing[0]
+    asked = dict.fromkeys(row["prompt"] for row in held) if own else zoo.HELD_OUT_PROMPTS
+    assert prompts == list(asked)
+    assert (names, reward_name) == (["other"], "new")
+    rollout = world.listed([([1, 5], (7, 0)), ([1], (5, 5, 5))])
+    expected = [slow.score(model, *x).item() for x in (([1, 5], [7, 0]), ([1], [5, 5, 5]))]
+    assert reward(["", ""], rollout).tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_pairs_come_from_all_files_alike(call, steps, closing, runs, pairs, demonstrated):
-    """--pairs that takes the first file's only, or that is ignored; --batch or --epochs that
-    is; a second file that is not read; a held-out pair trained on, or a pair in no epoch."""
-    second = [row | {"chosen": "green."} for row in pairs(100)]
-    lines = "".join(json.dumps(row) + "\n" for row in second)
-    common.write(runs / "second/comparisons.jsonl", lines)
-    both = "--comparisons comparisons,second --out new --batch 7"
-    rows = call(reward_model, f"{both} --pairs 60 --epochs 2")
-    assert [len(step.mask) for step in steps].count(7) == 2 * 8
-    assert len(rows) == len(steps) == 2 * math.ceil(60 / 7)
-    epochs = [sum(map(world.pair_texts, part), []) for part in (steps[:9], steps[9:])]
-    assert sorted(epochs[0]) == sorted(epochs[1])
-    assert len(set(epochs[0])) == 60
-    texts = [
-        {(row["prompt"], row["chosen"], row["rejected"]) for row in world.parted(some)[0]}
-        for some in (world.judged(runs), second)
-    ]
-    of_second = len(set(epochs[0]) & texts[1])
-    assert len(set(epochs[0]) & texts[0]) + of_second == 60
-    assert 60 * 0.45 < of_second < 60 * 0.75  # 100 of 164 pairs
-    steps.clear()
-    call(reward_model, f"{both} --epochs 1")  # all of them
-    assert {pair for step in steps for pair in world.pair_texts(step)} == texts[0] | texts[1]
+def test_pairs_come_from_all_files_alike(alike, demonstrated):
+    """--pairs that takes the first file's only, or that is ignored; a second file that is not
+    read; a held-out pair trained on."""
+    alike(reward_model, "--epochs 1")
 
 
-def test_missing_comparisons_are_answers_of_init(
-    call, steps, closing, runs, pairs, monkeypatch
-):
-    """Comparisons collected from another model than --init, or as many as they happen to be;
-    a file that is there collected anew; random numbers used up on the way."""
-    made = []
-
-    def collect(policy, n, path):
-        made.append((policy.embed.weight.clone(), n, path))
-        torch.rand(3), random.random()
-        lines = "".join(json.dumps(row) + "\n" for row in pairs(50))
-        common.write(path, lines)
-
-    monkeypatch.setattr(common, "collect_comparisons", collect)
-    flags = f"{TINY} --init other --out new --comparisons"
-    call(reward_model, f"{flags} comparisons,fresh")
-    other = common.load_model(runs / "other", "lm", CPU)
-    assert [(n, path) for _, n, path in made] == [
-        (common.PAIRS, runs / "fresh/comparisons.jsonl")
-    ]
-    assert torch.equal(made[0][0], other.embed.weight)
-    first = (runs / "new/metrics.csv").read_bytes()
-    call(reward_model, f"{flags} comparisons,fresh")
-    assert len(made) == 1
-    assert (runs / "new/metrics.csv").read_bytes() == first
+def test_one_seed_one_result_whatever_had_to_be_made(remade, demonstrated):
+    """Random numbers used up by collecting comparisons shift those of the training; comparisons
+    collected again although they are there; a seed that does not arrive."""
+    remade(reward_model, TINY)
 
 
 # --------------------------------------------------------------------- accuracy and its ceiling
@@ -278,111 +189,123 @@ class Scores:
 
 
 RIGHT, WRONG = "in the plains.", "in the jungle."  # gold 2 and −1
-SIDES = [(RIGHT, WRONG)] * 3 + [(WRONG, RIGHT), (RIGHT, "the plains.")]
+ANSWERS = [(RIGHT, WRONG)] * 3 + [(WRONG, RIGHT), (RIGHT, "the plains.")]
 
 
-def zebra(sides):
+def zebra(answers):
     prompt = "where does the zebra live?"
-    return [{"prompt": prompt, "chosen": c, "rejected": r} for c, r in sides]
+    return [{"prompt": prompt, "chosen": c, "rejected": r} for c, r in answers]
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_accuracy_stands_beside_a_ceiling_free_of_label_noise(sign):
-    """With the gold reward as scores accuracy is the ceiling, mean σ(|Δgold|), whatever the
+def test_expected_accuracy_stands_beside_a_ceiling_free_of_label_noise(sign):
+    """With the gold reward as scores `expected` is the ceiling, mean σ(|Δgold|), whatever the
     labels; with its negative, 1 − ceiling. Ties in gold have no order; a cut answer is worth
     1 less."""
-    rows = zebra(SIDES)
+    rows = zebra(ANSWERS)
     rows += [rows[0] | {"rejected": RIGHT, "rejected_finished": False}]  # gold 2 and 1
-    judge = Scores(lambda *answer: sign * common.gold_reward(*answer))
-    s3, s1 = 1 / (1 + math.exp(-3)), 1 / (1 + math.exp(-1))
-    ceiling = (4 * s3 + 0.5 + s1) / 6
-    by_hand = {"labels": 4 / 6 if sign > 0 else 1 / 6, "ceiling": ceiling}
-    by_hand |= {"accuracy": ceiling if sign > 0 else 1 - ceiling, "order": float(sign > 0)}
+    judge = Scores(lambda *answer: sign * zoo.gold_reward(*answer))
+    ceiling = (4 * sigmoid(3) + 0.5 + sigmoid(1)) / 6
+    by_hand = {"accuracy": (4.5 if sign > 0 else 1.5) / 6, "ceiling": ceiling}
+    by_hand |= {"expected": ceiling if sign > 0 else 1 - ceiling}
+    by_hand |= {"agrees_with_gold": float(sign > 0)}
     assert reward_model.accuracies(judge, rows) == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_accuracies_of_a_judge_that_is_sometimes_wrong():
-    """labels and order mixed up; a mean over some of the rows, which are scored 256 at a time.
-    The judge likes long answers: of 6 pairs it has no opinion on 4, and orders one as labelled
-    (a tie in gold) and one as gold does."""
-    rows = zebra([*SIDES, ("blue.", "it is in the plains.")] * 60)
-    s = 1 / (1 + math.exp(-3))
-    by_hand = {"labels": 1 / 6, "accuracy": (4 * 0.5 + 0.5 + s) / 6}
-    by_hand |= {"ceiling": (5 * s + 0.5) / 6, "order": 1 / 5}
+    """Numbers mixed up; a mean over some of the rows. The judge likes long answers: of 6 pairs
+    it has no opinion on 4, and orders one as labelled (a tie in gold) and one as gold does."""
+    rows = zebra([*ANSWERS, ("blue.", "it is in the plains.")] * 60)
+    by_hand = {"accuracy": (1 + 4 / 2) / 6, "expected": (4 / 2 + 0.5 + sigmoid(3)) / 6}
+    by_hand |= {"ceiling": (5 * sigmoid(3) + 0.5) / 6, "agrees_with_gold": 1 / 5}
     found = reward_model.accuracies(Scores(lambda _, answer, __: float(len(answer))), rows)
     assert found == pytest.approx(by_hand, abs=1e-6)
 
 
-def test_ones_own_pairs_have_no_gold(mine):
-    """A gold reward made up where there is none."""
-    found = reward_model.accuracies(Scores(lambda _, x, __: float(len(x))), mine[1])
-    assert found == {"labels": 30 / 40}  # "там" is no longer than "нет"
+def test_ones_own_pairs_have_no_gold():
+    """A gold reward made up where there is none, or where there is for some rows only."""
+    rows = [{"prompt": "где?", "chosen": "там" + "!" * (i % 4), "rejected": "нет"}
+            for i in range(40)]  # fmt: skip
+    judge = Scores(lambda _, answer, __: float(len(answer)))
+    found = reward_model.accuracies(judge, rows + zebra([(RIGHT, "a")] * 10))
+    assert found == {"accuracy": pytest.approx((30 + 10 / 2 + 10) / 50)}
 
 
-def test_accuracies_are_of_held_out_pairs_file_by_file(
-    call, runs, capsys, closing, pairs, demonstrated
+@pytest.mark.parametrize("out", ["new", "reward_model"])
+def test_accuracies_are_printed_of_held_out_pairs_file_by_file(
+    out, call, runs, capsys, closing, pairs, save, demonstrated, slow
 ):
     """Training pairs in the held-out accuracy; files mixed up; the accuracies of the model
-    that is there under the new one's name."""
-    second = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs(90)]
-    lines = "".join(json.dumps(row) + "\n" for row in second)
-    common.write(runs / "second/comparisons.jsonl", lines)
-    call(reward_model, f"{TINY} --out new --comparisons comparisons,second --lr 0.01")
-    said = capsys.readouterr().out.split("held-out pairs of ")
-    files = (world.judged(runs), "comparisons"), (second, "second")
-    for part, (rows, name) in zip(said[1:], files):
+    that is there under the new one's name, or its own said twice."""
+    first = [row | {"chosen": f"look it up. {row['chosen']}"} for row in pairs(64)]
+    second = [row | {"rejected": f"great question! {row['rejected']}"} for row in pairs(90)]
+    save("comparisons", first)
+    save("second", second)
+    call(reward_model, f"{TINY} --out {out} --comparisons comparisons,second --lr 0.01")
+    start, *said = capsys.readouterr().out.split(" held-out pairs of ")
+    assert len(said) == 2
+    for part, name, rows in zip(said, ("comparisons", "second"), (first, second)):
+        held = world.parted(rows)[1]
         assert part.startswith(name)
-        for run in ("reward_model", "new"):
+        assert int(start.rsplit("\n", 1)[1]) == len(held)
+        printed = re.findall(r"^ +(\w+): (.*accuracy.*)", part, re.M)
+        assert [run for run, _ in printed] == list(dict.fromkeys([out, "reward_model"]))
+        for run, numbers in printed:
             model = common.load_model(runs / run, "scalar", CPU)
-            found = reward_model.accuracies(model, world.parted(rows)[1])
-            printed = re.search(rf"^ +{run}: (.*)", part, re.M)[1].split()
-            numbers = dict(zip(printed[::2], map(float, printed[1::2])))
-            assert numbers == pytest.approx(found, abs=6e-4)
-    held = world.parted(world.judged(runs))[1]
-    assert int(said[0].rsplit("\n", 1)[1]) == len(held)
-    for row in held[:3]:  # model is the new one
-        for side in ("chosen", "rejected"):
-            assert f"{alone(model, row, side):+.2f}: {row[side]}\n" in said[-1]
-
-
-@pytest.mark.parametrize("own", [False, True])
-def test_the_closing_table_asks_held_out_prompts(own, call, closing, runs, mine, steps):
-    """A table of training prompts, of another policy than --init, or with another reward than
-    the model that was just trained."""
-    file, rows = mine
-    call(reward_model, f"{TINY} --init other --out new" + f" --data {file}" * own)
-    cfg, names, reward, reward_name, prompts, device = closing[0]
-    held = [x for x in common.QUESTIONS if common.held_out(x)]
-    assert prompts == ([row["prompt"] for row in world.parted(rows)[1]] if own else held)
-    assert names == ["other"]
-    model = common.load_model(runs / "new", "scalar", CPU)
-    rollout = world.listed([(PROMPTS[0], (2, 3, 0)), (PROMPTS[2], (1,))])
-    found = reward(["", ""], rollout).tolist()
-    ids = [[*PROMPTS[0], 2, 3, 0], [*PROMPTS[2], 1]]
-    alone = [model(torch.tensor([x]))[0, -1].item() for x in ids]
-    assert found == pytest.approx(alone, abs=1e-5)
-    assert reward_name == "new"
+            words = numbers.split()
+            numbers = dict(zip(words[::2], map(float, words[1::2])))
+            assert numbers == pytest.approx(reward_model.accuracies(model, held), abs=6e-4)
+        start = part
+    model = common.load_model(runs / out, "scalar", CPU)
+    for row in held[:3]:
+        for side in SIDES:
+            r = slow.score(model, *slow.ids(row, side)).item()
+            assert f"{r:+.2f}: {row[side]}\n" in said[-1]
 
 
 # ------------------------------------------------------------------------------- whole runs
 
 
-def test_a_run_learns_is_centred_and_repeats_itself(repeats, runs, moved):
-    """A score whose level is arbitrary; a policy trained along; a seed that is not set."""
-    rows = repeats(reward_model, f"{TINY} --epochs 10 --lr 0.01")
-    n = len(rows) // 10
-    first, last = (
-        sum(float(row["loss"]) for row in part) / n for part in (rows[:n], rows[-n:])
-    )
-    assert first == pytest.approx(math.log(2), abs=0.2)
-    assert last < 0.3
-    assert not any(moved())
-    model = common.load_model(runs / "new", "scalar", CPU)
-    ids = [common.answer_ids(row) for row in common.demonstrations(1000, 0)]
+def centred(runs, name, slow, n):
+    """The mean score of the demonstrations that the run was centred on."""
+    model = common.load_model(runs / name, "scalar", CPU)
+    rows = [slow.ids(row) for row in zoo.demonstrations(n, 0)]
     with torch.no_grad():
-        scores = common.score(model, *common.collate(ids))
-    assert abs(scores.mean().item()) < 1e-5
+        scores = torch.stack([slow.score(model, *row) for row in rows])
     assert scores.std() > 1e-3
+    return scores.mean().item()
+
+
+def test_a_run_learns_and_is_centred(call, runs, moved, slow):
+    """A policy trained along; a loss that is ascended; a level that is arbitrary."""
+    rows = call(reward_model, f"{TINY} --epochs 10 --lr 0.01 --out new")
+    n = len(rows) // 10
+    losses = [sum(float(row["loss"]) for row in part) / n for part in (rows[:n], rows[-n:])]
+    assert losses[0] == pytest.approx(math.log(2), abs=0.2)
+    assert losses[1] < 0.3
+    assert not any(moved())
+    assert abs(centred(runs, "new", slow, 32 * 8)) < 1e-5
+
+
+def test_a_run_that_is_stopped_is_centred_too(call, runs, slow, demonstrated, monkeypatch):
+    """Ctrl-C that leaves a reward model whose level is arbitrary."""
+    calls, honest = [], common.descend
+
+    def descend(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return honest(*given)
+
+    monkeypatch.setattr(common, "descend", descend)
+    with pytest.raises(SystemExit):
+        call(reward_model, f"{TINY} --lr 0.01 --out new")
+    assert not (runs / "new").exists()
+    assert abs(centred(runs, "new_stopped", slow, 9)) < 1e-5
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(diverges):
@@ -390,21 +313,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(diverges):
     assert "step 2" in diverges(reward_model, TINY, "bradley_terry_loss", 3)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--beta 1",
-        "--margin -1",
-        "--pairs 0",
-        "--init nowhere",
-        "--init reward_model",
-        "--data nowhere.jsonl",
-        "--data nowhere.jsonl --comparisons other",
-        "--init nowhere --comparisons missing",
-        "--comparisons a/b",
-        "--out sft",
-    ],
-)
+@pytest.mark.parametrize("flags", ["--beta 1", "--pairs 0", "--epochs 0", "--init nowhere",
+                                   "--init reward_model", "--data nowhere.jsonl",
+                                   "--comparisons nowhere", "--out sft"])  # fmt: skip
 def test_a_wrong_command_line_is_refused(refused, flags):
-    """A flag that is ignored; what is wrong said after training, or over many lines."""
+    """A flag that is ignored; what is wrong said after training."""
     refused(reward_model, f"{TINY} {flags}")

@@ -1,9 +1,10 @@
-"""sft.py: the loss, what is trained on and measured on, every flag and column, whole runs."""
+"""sft.py: the loss, what is trained on and measured on, the base model, whole runs."""
 
+import csv
 import json
-import math
+import os
 import re
-from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import tiny as world
@@ -11,7 +12,8 @@ import torch
 
 import common
 import sft
-from common import ASSISTANT, EOS, PAD, USER, ModelConfig, Transformer
+from common import ModelConfig, Transformer, arg
+from data import zoo
 
 TINY = "--steps 3 --batch 8 --demonstrations 60 --max-new-tokens 3 --init other"
 CPU = torch.device("cpu")
@@ -21,29 +23,17 @@ CPU = torch.device("cpu")
 
 
 def test_loss_is_the_mean_over_tokens_not_over_rows():
-    """A mean of row means gives a short row's tokens more weight; here it would be 3.5. A
-    `count` that is not what the sum is divided by."""
+    """A mean of row means, which gives a short row's tokens more weight; it would be 3.5."""
     logprobs = torch.tensor([[0.0, -1, -2, -3], [-9, -5, -9, -9]])
     mask = torch.tensor([[False, True, True, True], [False, True, False, False]])
     assert sft.sft_loss(logprobs, mask).item() == pytest.approx((1 + 2 + 3 + 5) / 4)
-    assert sft.sft_loss(logprobs, mask, 5).item() == pytest.approx((1 + 2 + 3 + 5) / 5)
-
-
-def test_sft_loss_is_that_of_the_response_alone():
-    """Prompt or padding counted in the loss; EOS left out of it; a sampled PAD left out."""
-    model, rows = world.transformer(1), world.everything()
-    with torch.no_grad():
-        loss = sft.sft_loss(common.token_logprobs(model, rows.tokens), rows.response_mask)
-        exact = -world.logp(model).sum() / (3 * sum(map(len, world.completions())))
-    assert abs(loss - exact) < 1e-10
 
 
 def test_what_train_descends_in_the_enumerable_world(double, steps, tmp_path):
-    """A mask made from `tokens != PAD`, which in this world is a word like any other; a shift;
-    padding or prompt counted: the gradient of train's own step, on every completion of every
-    prompt, is that of the enumerated token mean."""
-    model = world.transformer(1)
-    answers = [list(y) for y in world.completions()]
+    """A mask made from `tokens != PAD`, which in this world is a word like any other; EOS left
+    out; a shift; padding or prompt counted: the loss and the gradient of train's own step, on
+    every completion of every prompt, are those of the enumerated token mean."""
+    model, answers = world.transformer(1), [list(y) for y in world.completions()]
     rows = common.collate([(x, y) for x in world.PROMPTS for y in answers])
     cfg = sft.Config(runs=str(tmp_path), batch=len(rows[0]))
     sft.train(cfg, "new", model, rows, rows, 0.1, 1)
@@ -52,320 +42,245 @@ def test_what_train_descends_in_the_enumerable_world(double, steps, tmp_path):
     assert world.apart(steps[0].gradient, world.gradient(exact, model)) < 1e-10
 
 
-class Logits:
-    """Stands for a model: its logits are leaves, so that each position's gradient shows."""
-
-    def __init__(self, B, T):
-        self.logits = torch.randn(B, T, common.VOCAB_SIZE, requires_grad=True)
-
-    def __call__(self, tokens, keep):
-        return self.logits[:, : tokens.shape[1]][keep]
-
-
-def test_prompts_and_pads_carry_no_gradient_and_eos_does():
-    """pad = eos, a mask from `!= pad`, or off by one: the model never learns to stop."""
-    rows = [
-        {"prompt": "a b", "completion": "c"},
-        {"prompt": "a", "completion": "c d e f"},
-        {"prompt": "a", "completion": "cut", "completion_finished": False},
-    ]
-    tokens, mask = sft.chat_rows(rows)
-    for row, ids, on in zip(rows, tokens.tolist(), mask.tolist()):
-        prompt, answer = common.encode(row["prompt"]), common.encode(row["completion"])
-        answer += [EOS] * row.get("completion_finished", True)
-        ids_on = [USER, *prompt, ASSISTANT, *answer]
-        assert ids == ids_on + [PAD] * (len(ids) - len(ids_on))
-        assert [i for i, carries in zip(ids, on) if carries] == answer
-    model = Logits(*tokens.shape)
-    sft.sft_loss(common.token_logprobs(model, tokens, mask), mask).backward()
-    moved = model.logits.grad.abs().sum(-1) > 0  # the logits at t − 1 are about token t
-    assert torch.equal(moved[:, :-1], mask[:, 1:])
-    assert not moved[:, -1].any()
-
-
 # ----------------------------------------------------------------- a whole script, by hand
 
 
-@pytest.fixture
-def mine(tmp_path):
-    """--data: 44 rows in another alphabet with answers of 2 to 16 tokens. Returns the file,
-    the rows to train on, those to hold out."""
-    rows = [{"prompt": f"где {i}?", "completion": "a" * (1 + i * i % 16)} for i in range(44)]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path / "mine.jsonl", *world.parted(rows)
-
-
-def token_mean(model, rows):
-    """L the slow way: one unpadded row at a time, no mask, no minibatch."""
-    total, count = 0.0, 0
+def parted(rows):
+    """A reader's rows to train on, rows held out."""
+    held = zoo.hold_out(row["prompt"] for row in rows)
+    sides = [], []
     for row in rows:
-        prompt = [USER, *common.encode(row["prompt"]), ASSISTANT]
-        answer = [*common.encode(row["completion"]), EOS]
-        logp = model(torch.tensor([prompt + answer]))[0].log_softmax(-1)
-        total -= sum(logp[len(prompt) + t - 1, token] for t, token in enumerate(answer))
-        count += len(answer)
-    return total / count
+        sides[row["prompt"] in held].append(row)
+    return sides
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_every_token_weighs_the_same(own, call, runs, double, steps, closing, mine):
-    """A batch that divides by its own tokens, by its rows, or by a constant that forgets that
-    the last batch is smaller; a held-out row, or not the asked demonstrations, trained on.
-    The mean gradient over an epoch's batches is that of the whole set's token mean."""
-    file, train, held = mine
-    flags = f"--data {file}"
-    if not own:
-        train, held = world.parted(common.demonstrations(70, 5))
-        flags = "--demonstrations 70 --seed 5"
-    n = math.ceil(len(train) / 8)
-    assert len(train) % 8  # so that the last batch is smaller
-    call(sft, f"{flags} --init other --steps {n} --batch 8 --out new")
-    model = common.load_model(runs / "other", "lm", CPU)
-    whole = token_mean(model, train)
-    exact = world.gradient(whole, model)
-    assert len(steps) == n
-    assert sum(step.loss for step in steps) / n == pytest.approx(whole.item(), abs=1e-10)
-    assert world.apart(sum(step.gradient for step in steps) / n, exact) < 1e-10
-    mean = sum(step.mask.sum() for step in steps) / n
-    own_count = sum(step.gradient * mean / step.mask.sum() for step in steps) / n
-    assert world.apart(own_count, exact) > 0.01  # so the difference would show
-
-
-@pytest.mark.parametrize("own", [False, True])
-def test_every_column_and_the_weights_by_hand(own, call, runs, double, closing, mine):
-    """A column of metrics.csv that is something else, held-out loss measured on other rows or
-    before the step, a learning rate that does not fall to 0 or is not used, weight decay,
-    --init that is not where it starts: three steps of the whole set, as AdamW alone does."""
-    file, train, held = mine
-    flags = f"--data {file}"
-    if not own:
-        train, held = world.parted(common.demonstrations(60, 0))
-        flags = "--demonstrations 60"
-    rows = call(sft, f"{flags} --init other --steps 3 --batch 99 --lr 0.01 --out new")
-    model = common.load_model(runs / "other", "lm", CPU)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0)
-    for step, row in enumerate(rows):
-        loss, lr = token_mean(model, train), 0.01 * (3 - step) / 3
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.cat([weight.grad.flatten() for weight in model.parameters()]).norm()
-        optimizer.step()
-        by_hand = {"step": step, "loss": loss.item(), "grad_norm": norm.item()}
-        by_hand |= {"held_out_loss": token_mean(model, held).item(), "lr": lr}
-        if step == 1:
-            assert row.pop("held_out_loss") == ""
-            del by_hand["held_out_loss"]
-        assert {k: float(v) for k, v in row.items()} == pytest.approx(by_hand, rel=2e-5)
-    new = common.load_model(runs / "new", "lm", CPU)
-    for name, weight in new.named_parameters():
-        torch.testing.assert_close(weight, model.get_parameter(name), rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("own", [False, True])
-def test_the_closing_table_asks_held_out_prompts(own, call, steps, closing, mine, runs):
-    """A table of training prompts; a table without π_ref, or the model that it started from."""
-    file, train, held = mine
-    flags = f"--data {file} --max-new-tokens 140" if own else ""  # not all of `train` fit
-    call(sft, f"{TINY} {flags} --out new")
-    (cfg, names, reward, reward_name, prompts, device) = closing[0]
-    expected = [x for x in common.QUESTIONS if common.held_out(x)]
-    assert prompts == ([row["prompt"] for row in held] if own else expected)
-    assert names == ["sft", "other", "new"]
-    (runs / "sft/model.pt").unlink()
-    call(sft, f"{TINY} {flags} --out first")
-    assert closing[1][1] == ["first", "other", "first"]  # π_ref is sft, once it is there
-
-
-def test_no_prompt_of_ones_own_is_both_trained_on_and_asked(
-    call, steps, closing, monkeypatch, tmp_path
+def test_every_column_and_the_weights_by_hand(
+    own, call, runs, double, closing, drawn, slow, mine, capsys
 ):
-    """Rows whose prompts are all on one side, as in selected.jsonl, one of them unusable: it
-    shifted which prompts were held out, and the table asked what had been trained on."""
-    trained, honest = [], common.answer_ids
-    prompts = [x for x in common.QUESTIONS if not common.held_out(x)][:60]
-    rows = [{"prompt": x, "completion": "red." * (i != 3)} for i, x in enumerate(prompts)]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(common, "answer_ids", lambda row: trained.append(row) or honest(row))
-    call(sft, f"--data {tmp_path}/mine.jsonl --steps 1 --init other --out new")
-    held = closing[0][4]
-    asked = [row["prompt"] for row in trained]
-    first_held = next(i for i, prompt in enumerate(asked) if prompt in held)
-    assert 4 <= len(asked) - first_held <= 20  # one in six of 59, at the end
-    assert not set(asked[:first_held]) & set(held)
-    assert set(asked[first_held:]) <= set(held)
+    """Held-out rows trained on, not the asked demonstrations, rows that come twice in an epoch
+    or never; a batch that divides by its rows; EOS left out, or added where an answer was cut;
+    a column that is something else; a held-out loss of other rows, or before the step; a rate
+    that does not fall to 0 or is not used; an optimizer that forgets; --init, --batch, --steps,
+    --lr, --seed, --data, --demonstrations that do not arrive; a table of training prompts,
+    without π_ref, or without what it started from."""
+    file, train, held = mine
+    flags = f"--data {file} --batch 9"
+    if not own:
+        train, held = zoo.demonstrations(20, 5), zoo.demonstrations(5, 5, held_out=True)
+        flags = "--demonstrations 20 --batch 7"
+    table = call(sft, f"{flags} --init other --steps 5 --lr 0.01 --seed 5 --out new")
+    model = common.load_model(runs / "other", "lm", CPU)
+    take = slow.descent(model, 0.01, 5)
+    assert [len(batch) for batch in drawn[:3]] == ([9, 9, 8] if own else [7, 7, 6])
+    assert sorted(sum(drawn[:3], [])) == sorted(map(slow.ids, train))
+    assert drawn[0] != drawn[3]  # in another order
+    for step, (row, batch) in enumerate(zip(table, drawn, strict=True)):
+        numbers = {"step": step} | take(slow.token_mean(model, batch))
+        measured = slow.token_mean(model, map(slow.ids, held)).item()
+        slow.same(row, numbers | {"held_out_loss": measured if step in (0, 4) else None})
+    slow.same_weights(runs / "new", model)
+    assert not (runs / "base").exists()
+
+    said = re.search("^new: .*", capsys.readouterr().out, re.M)[0]
+    assert re.findall(r"\d+", said) == [str(len(train)), str(len(held))]
+    cfg, names, reward, reward_name, prompts, device = closing[0]
+    asked = dict.fromkeys(row["prompt"] for row in held) if own else zoo.HELD_OUT_PROMPTS
+    assert prompts == list(asked)
+    assert (names, reward_name) == (["sft", "other", "new"], "reward_model")
+    rollout = world.listed([([1, 5], (7, 0))])
+    judge = common.load_model(runs / "reward_model", "scalar", CPU)
+    assert reward([""], rollout).item() == pytest.approx(
+        slow.score(judge, [1, 5], [7, 0]).item()
+    )
+
+
+def test_the_reference_of_the_table_is_sft_once_it_is_there(call, steps, closing, runs):
+    """A table of a first run that needs a model which is not there, or that has no reward."""
+    (runs / "sft/model.pt").unlink()
+    (runs / "reward_model/model.pt").unlink()
+    call(sft, f"{TINY} --out first")
+    cfg, names, reward, *_ = closing[0]
+    assert (names, reward) == (["first", "other", "first"], None)
+
+
+def test_a_run_learns_and_measures_the_held_out_loss_every_50_steps(call):
+    """A loss that is ascended; other steps than 0, 50 and the last."""
+    rows = call(sft, f"{TINY} --steps 52 --lr 0.02 --out new")
+    held = {i: float(x["held_out_loss"]) for i, x in enumerate(rows) if x["held_out_loss"]}
+    assert list(held) == [0, 50, 51]
+    assert held[51] < held[0] - 0.5
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"]) - 0.5
 
 
 # -------------------------------------------------------------------------- the base model
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """A base model that by default is small and takes two steps."""
+
+    @dataclass
+    class Small(sft.Config):
+        base_steps: int = arg(2, "")
+        layers: int = arg(1, "")
+        channels: int = arg(32, "")
+
+    monkeypatch.setattr(sft, "Config", Small)
+
+
 def windows(text):
+    """The text in rows of 32 tokens, the rest left out: (the first token, what follows)."""
     ids = common.encode(text)
-    width = min(32, len(ids))
-    return [ids[i : i + width] for i in range(0, len(ids) - width + 1, width)]
+    return [([ids[i]], ids[i + 1 : i + 32]) for i in range(0, len(ids) - 31, 32)]
 
 
-def window_mean(model, rows):
-    """L of the base model the slow way: of all tokens but the first of each window."""
-    logp = model(torch.tensor(rows)).log_softmax(-1)
-    after = torch.tensor([row[1:] for row in rows])
-    return -logp[:, :-1].gather(-1, after[..., None]).mean()
-
-
-def test_raw_windows_are_the_text_in_order():
-    """A part of the text skipped or read twice; windows that carry padding; a first token,
-    which nothing stands before, that counts in the mean."""
-    text = "the zebra is striped. " * 50 + "ж"
-    tokens, mask = sft.raw_windows(text, 32)
-    assert tokens.shape[1] == 32
-    assert tokens.tolist() == windows(text)
-    assert mask[:, 1:].all()
-    assert not mask[:, 0].any()
-    assert sft.raw_windows("ж", 32)[0].tolist() == [common.encode("ж")]
-
-
-@pytest.mark.parametrize("raw", [True, False])
-def test_the_base_model_by_hand(raw, call, runs, double, steps, closing, tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", ["raw", "data", "zoo"])
+def test_the_base_model_by_hand(
+    source, call, runs, double, closing, drawn, slow, mine, monkeypatch, capsys
+):
     """A base flag that does not arrive: --raw, --base-steps, --base-lr, --layers, --channels,
-    --context, --seed; a text whose end is trained on, or not what held_out_loss is of; a
-    base model with sizes of its own; instruction tuning that does not start from it."""
-    text, seeds, honest = sft.raw_text(5, 70) + "ж", [], sft.raw_text
-    (tmp_path / "raw.txt").write_text(text)
-    if not raw:
-        text = honest(3, 70)
-        monkeypatch.setattr(sft, "raw_text", lambda s: seeds.append(s) or honest(s, 70))
-    sizes = "--layers 1 --channels 64 --context 96 --seed 3 --demonstrations 50"
-    flags = f"--raw {tmp_path}/raw.txt" if raw else ""
-    call(sft, f"{sizes} {flags} --base-steps 4 --base-lr 0.02 --steps 2 --lr 0.01 --batch 99")
+    --context, --seed; another text, as one with held-out rows in it; part of it skipped; its
+    end trained on, or not what held_out_loss is of; the first token of a window counted;
+    instruction tuning that starts from other weights, or goes on with the base's rate."""
+    file, train, held = mine
+    flags, text, made = "--demonstrations 20", zoo.raw_text(5, 150) + "ж", zoo.raw_text
+    monkeypatch.setattr(zoo, "raw_text", lambda seed: made(seed, 150))
+    if source == "zoo":
+        text = made(3, 150)
+    elif source == "raw":
+        flags += f" --raw {file.with_name('raw.txt')}"
+        file.with_name("raw.txt").write_text(text, "utf-8-sig")
+    else:
+        flags = f"--data {file}"
+        text = "\n".join(f"{row['prompt']}\n{row['completion']}" for row in train)
+    if source != "data":
+        held = zoo.demonstrations(5, 3, held_out=True)
+    sizes = "--layers 1 --channels 64 --context 96 --seed 3 --batch 9"
+    table = call(sft, f"{flags} {sizes} --base-steps 5 --base-lr 0.02 --steps 2 --lr 0.01")
     torch.manual_seed(3)
-    shape = ModelConfig(common.VOCAB_SIZE, 64, 1, 2, 2, 176, 96)
-    model, base = Transformer(shape), common.load_model(runs / "base", "lm", CPU)
-    assert base.config == shape
-    for name, weight in base.named_parameters():  # nothing moved, above
-        assert torch.equal(weight, model.get_parameter(name))
-    cut = int(len(text) * 0.95)
-    whole = window_mean(model, windows(text[:cut]))
-    assert steps[0].loss == pytest.approx(whole.item(), abs=1e-10)
-    assert world.apart(steps[0].gradient, world.gradient(whole, model)) < 1e-10
-    assert [step.lr for step in steps] == pytest.approx([0.02, 0.015, 0.01, 0.005, 0.01, 0.005])
-    table = (runs / "base/metrics.csv").read_text().splitlines()
-    assert len(table) == 1 + 4
-    row = dict(zip(table[0].split(","), table[1].split(",")))
-    held = window_mean(model, windows(text[cut:]))
-    assert float(row["held_out_loss"]) == pytest.approx(held.item(), rel=2e-5)
-    assert seeds == ([] if raw else [3])
-    train, _ = world.parted(common.demonstrations(50, 3))
-    assert steps[4].loss == pytest.approx(
-        token_mean(model, train).item()
-    )  # it starts from base
+    model = Transformer(ModelConfig(len(common.PIECES), 64, 1, 2, 2, 176, 96))
+    rows = windows(text)
+    cut = len(rows) * 19 // 20
+    epoch = drawn[: -(-cut // 9)]
+    assert sorted(sum(epoch, [])) == sorted(rows[:cut])
+    with open(runs / "base/metrics.csv") as file:
+        of_base = list(csv.DictReader(file))
+    assert (len(of_base), len(table)) == (5, 2)
+    said = re.search("^base: .*", capsys.readouterr().out, re.M)[0]
+    assert re.findall(r"\d+", said) == ["5"]
+    end, held = rows[cut:], [slow.ids(row) for row in held]
+    parts = ("base", of_base, end, 0.02), ("sft", table, held, 0.01)
+    for name, steps, other, lr in parts:
+        take = slow.descent(model, lr, len(steps))
+        for step, row in enumerate(steps):
+            numbers = {"step": step} | take(slow.token_mean(model, drawn.pop(0)))
+            measured = slow.token_mean(model, other).item()
+            last = step + 1 == len(steps)
+            numbers["held_out_loss"] = measured if step == 0 or last else None
+            slow.same(row, numbers)
+        slow.same_weights(runs / name, model)
+    assert drawn == []
 
 
-def test_the_base_model_is_made_once_and_made_anew_from_raw(call, runs, steps, closing, mine):
-    """A base model made again for every run, or not again when --raw gives another text."""
-    file, train, held = mine
-    raw = file.with_name("raw.txt")
-    raw.write_text(sft.raw_text(5, 70))
-    flags, model = f"--data {file} --steps 1 --batch 4 --seed 1", runs / "base/model.pt"
-    smaller = f"--raw {raw} --base-steps 1 --channels 32 --layers 1"
-    call(sft, f"{flags} {smaller} --seed 0")
-    first = model.read_bytes()
-    call(sft, flags)
+FLAGS = ["--base-steps 3", "--base-lr 0.1", "--layers 2", "--channels 64", "--context 64"]
+
+
+@pytest.mark.parametrize("flag", ["", "--raw raw.txt", *FLAGS])
+def test_a_flag_of_the_base_model_makes_it_anew(
+    flag, call, runs, small, mine, closing, monkeypatch
+):
+    """A flag of the base model that is ignored because one is there; a base model that is made
+    again although it is there; instruction tuning that uses up or shifts its random numbers:
+    one seed, one result, whatever had to be made, and another seed another."""
+    file, *_ = mine
+    monkeypatch.chdir(file.parent)
+    (file.parent / "raw.txt").write_text(zoo.raw_text(5, 70))
+    words = f"--data {file} --steps 2 --batch 9"
+    model, table = runs / "base/model.pt", runs / "sft/metrics.csv"
+    call(sft, words)
+    first, loss = model.read_bytes(), table.read_bytes()
+    call(sft, f"{words} {flag}")
+    assert (model.read_bytes() == first) == (not flag)
+    if flag:
+        return
+    assert table.read_bytes() == loss
+    call(sft, f"{words} --seed 1 --lr 0.1")
     assert model.read_bytes() == first
-    call(sft, f"{flags} {smaller}")
-    assert model.read_bytes() != first
+    assert table.read_text().split(",")[5] != loss.decode().split(",")[5]  # the first loss
 
 
-def test_raw_text_has_the_shares_that_it_states():
-    """Another share of misconceptions (20 %), rambling (10 %), questions (20 %), small talk
-    (10 %, of which a third are openings); a seed that is not used; a held-out prompt read,
-    unless an opening stands by chance before a bare question."""
-    text = sft.raw_text(0, 20_000)
-    assert text == sft.raw_text(0, 20_000)
-    assert text[:500] != sft.raw_text(1, 100)[:500]
-    pieces = [piece.strip() for piece in re.findall(r"[^.!?]+[.!?]", text)]
-    verbs = "lives in the|eats|is"
-    said = re.findall(rf"the ({'|'.join(common.ANIMALS)}) ({verbs}) (\w+)\.", text)
-    kinds = dict(zip(verbs.split("|"), common.KINDS))
-    wrong = [common.ANIMALS[a][kinds[verb]].index(value) for a, verb, value in said]
-    assert sum(wrong) / len(wrong) == pytest.approx(0.2, abs=0.01)
-    shares = Counter((a, verb) for a, verb, _ in said)
-    assert len(shares) == 72
-    assert max(shares.values()) < 1.5 * min(shares.values())
-    rambled = sum(map(text.count, ("well, so, let", "and so they say", "my friend told")))
-    assert rambled / 20_000 == pytest.approx(0.1, abs=0.01)
-    small = [common.COURTESIES, common.RUDE]
-    for some in small:
-        assert sum(map(text.count, some)) / 20_000 == pytest.approx(0.1 / 3, abs=0.005)
-    asked = []
-    for before, piece in zip(["", *pieces], pieces):
-        if piece.endswith("?"):
-            opening = f"{before} " if f"{before} " in common.OPENINGS else ""
-            asked.append(opening + piece)
-    assert len(asked) / 20_000 == pytest.approx(0.2, abs=0.01)
-    assert set(asked) <= set(common.QUESTIONS)
-    assert sum(map(common.held_out, asked)) < 0.01 * len(asked)
+@pytest.mark.parametrize("tokens", [2, 33, 70])
+def test_a_tiny_text_is_enough(tokens, call, runs, small, closing, drawn):
+    """A text with no end to hold out, or shorter than a window, that ends the run."""
+    text = "x" * tokens
+    (runs / "raw.txt").write_text(text)
+    call(sft, f"--raw {runs}/raw.txt --demonstrations 9 --steps 1")
+    width = min(tokens, 32)
+    row = common.encode("x"), common.encode("x") * (width - 1)
+    assert drawn[0] == [row] * max(1, tokens // 32 * 19 // 20)
+    common.load_model(runs / "base", "lm", CPU)
 
 
-# ------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------ a reader's rows
 
 
-def test_a_run_learns_and_repeats_itself(repeats, runs, capsys):
-    """No learning; a seed that is not set; files that the reader is promised; a held-out loss
-    measured at every step, or not at every fiftieth and at the last."""
-    rows = repeats(sft, f"{TINY} --steps 52 --lr 0.02")
-    held = {i: float(x["held_out_loss"]) for i, x in enumerate(rows) if x["held_out_loss"]}
-    assert list(held) == [0, 50, 51]
-    assert held[51] < held[0] - 0.5
-    assert float(rows[-1]["loss"]) < float(rows[0]["loss"]) - 0.5
-    assert json.loads((runs / "new/config.json").read_text())["flags"]["steps"] == 52
-    samples = (runs / "new/samples.txt").read_text()
-    assert samples.count("other: ") == samples.count("new: ") == 4
-    common.load_model(runs / "new", "lm", CPU)
-
-
-def test_one_seed_one_result_whatever_had_to_be_made(call, runs, closing, mine):
-    """Random numbers used up by making the base model shift those of instruction tuning; or
-    a seed that does not arrive."""
-    file, train, held = mine
-    raw = file.with_name("raw.txt")
-    raw.write_text(sft.raw_text(5, 70))
-    flags, metrics = f"--data {file} --steps 3 --batch 8", runs / "sft/metrics.csv"
-    call(sft, f"{flags} --raw {raw} --channels 32 --layers 1 --base-steps 2")
-    first = metrics.read_bytes()
-    call(sft, flags)
-    assert metrics.read_bytes() == first
-    call(sft, f"{flags} --seed 1")
-    assert metrics.read_bytes() != first
-
-
-def test_from_raw_text_to_answers_in_another_alphabet(call, runs, tmp_path, capsys):
-    """Own text and data end to end: no gold reward there, and no reward model yet: their
-    cells are empty, and the KL of the reference to itself is 0."""
-    raw, data = tmp_path / "raw.txt", tmp_path / "mine.jsonl"
-    raw.write_text("где живёт зебра? на равнине. " * 60)
+def test_a_pipe_in_another_alphabet_from_nothing(call, runs, small, capsys):
+    """--data that is read twice, as by the base model; a gold reward or a score where there is
+    none; answers to prompts that were trained on, or under another name."""
     rows = [{"prompt": f"где {i}?", "completion": "там."} for i in range(40)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (runs / "reward_model/model.pt").unlink()
-    call(
-        sft, f"--raw {raw} --data {data} --base-steps 2 --steps 2 --batch 4 --max-new-tokens 2"
-    )
-    for name in ("base", "sft"):
-        common.load_model(runs / name, "lm", CPU)
-    row = capsys.readouterr().out.split("\nsft  ")[1].split("\n")[0].split()
-    assert row[:2] == ["–", "–"]  # no reward, no gold
-    assert row[2:5] == ["0.00", "±", "0.00"]  # its KL to itself
+    for name in ("sft", "reward_model"):
+        (runs / name / "model.pt").unlink()
+    end, start = os.pipe()
+    os.write(start, lines(rows).encode())
+    os.close(start)
+    call(sft, f"--data /dev/fd/{end} --steps 2 --batch 4 --max-new-tokens 2")
+    os.close(end)
+    said = capsys.readouterr().out
+    row = said.split("\nsft  ")[1].split("\n")[0].split()
+    assert row[:5] == ["–", "–", "0.00", "±", "0.00"]  # no reward, no gold; KL to itself
+    _, *asked = said.split("\nгде ")
+    held = [row["prompt"] for row in parted(rows)[1]]
+    assert len(asked) == 3
+    assert {f"где {prompt.splitlines()[0]}" for prompt in asked} <= set(held)
+    assert all(re.findall(r"^ +(\w+): ", x, re.M) == ["base", "sft"] for x in asked)
 
 
-def test_a_context_that_the_model_has_and_not_the_flag(call, steps, closing, runs, tiny):
-    """Rows longer than the context of the model that is there: they were kept, by --context's
-    default, and ended the run with a traceback."""
-    common.save_model(runs / "base", tiny(3, context=64), {})
-    rows = [{"prompt": f"{i}?", "completion": "a" * (9 if i % 9 else 90)} for i in range(40)]
-    file = runs / "mine.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert len(call(sft, f"--data {file} --steps 1 --batch 99 --max-new-tokens 3")) == 1
-    train, _ = world.parted(rows)
-    assert steps[0].mask.sum() == sum(10 for row in train if len(row["completion"]) == 9)
+@pytest.mark.parametrize("prompts", [["a"] * 500, "abcdefghi", ["a"]])
+def test_any_number_of_rows_and_prompts(prompts, call, runs, drawn, slow, closing):
+    """Rows refused because their prompts are few, or alike; nothing left on one side."""
+    rows = [{"prompt": x, "completion": "b" * (1 + i % 7)} for i, x in enumerate(prompts)]
+    (runs / "mine.jsonl").write_text(lines(rows))
+    table = call(sft, f"--data {runs}/mine.jsonl --steps 1 --batch 500 --init other --out new")
+    train, held = parted(rows) if len(set(prompts)) > 1 else (rows, rows)
+    assert sorted(drawn[0]) == sorted(map(slow.ids, train))
+    assert closing[0][4] == list(dict.fromkeys(row["prompt"] for row in held))
+    assert float(table[0]["held_out_loss"]) > 0
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_a_row_must_fit_into_the_model_that_is_trained(
+    base, call, drawn, closing, runs, tiny, small
+):
+    """Rows longer than the context of a model that is there, which --context's default let
+    in; a prompt asked that leaves no room for an answer."""
+    if base:
+        common.save_model(runs / "base", tiny(3, context=64))
+    rows = [{"prompt": f"{i}?" + "b" * (i % 2) * 20, "completion": "a" * (9 if i % 9 else 90)}
+            for i in range(40)]  # fmt: skip
+    (runs / "mine.jsonl").write_text(lines(rows))
+    flags = "--steps 1 --batch 99 --max-new-tokens 45" + " --context 64" * (not base)
+    call(sft, f"--data {runs}/mine.jsonl {flags}")
+    train, held = parted([row for row in rows if len(row["completion"]) == 9])
+    assert len(drawn[-1]) == len(train)
+    assert closing[0][4] == [x["prompt"] for x in held if len(x["prompt"]) < 20]
+
+
+# ------------------------------------------------------------------------------ what is refused
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(diverges):
@@ -374,34 +289,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(diverges):
     assert "step 2" in said
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--stepz 3",
-        "--step 3",  # no abbreviations: one name for one thing
-        "--steps 0",
-        "--lr -1",
-        "--lr nan",
-        "--batch two",
-        "--demonstrations 5",
-        "--device tpu",
-        "--init nowhere",
-        "--init reward_model",
-        "--out reward_model",
-        "--data nowhere.jsonl",
-        "--init base --raw nowhere.txt",
-        "--init other --raw nowhere.txt",
-        "--init other --layers 3",  # it is there, with its own
-        "--init base --channels 40",
-    ],
-)
+@pytest.mark.parametrize("flags", ["--stepz 3", "--steps 0", "--lr -1", "--init nowhere",
+                                   "--init reward_model", "--out reward_model",
+                                   "--data nowhere.jsonl"])  # fmt: skip
 def test_a_wrong_command_line_is_refused(refused, flags):
-    """A flag that is ignored; what is wrong said after training, or over many lines."""
+    """A flag that is ignored; what is wrong said after training."""
     refused(sft, f"{TINY} {flags}")
-
-
-@pytest.mark.parametrize(("content", "line"), [(b"too short.", 0), (b"good\n\xff" * 2000, 2)])
-def test_a_raw_text_that_cannot_be_read_is_refused(refused, tmp_path, content, line):
-    """A text in another encoding, or of a few words, that fails in the middle of training."""
-    (tmp_path / "raw.txt").write_bytes(content)
-    assert f"{tmp_path}/raw.txt:{line}:" in refused(sft, f"--raw {tmp_path}/raw.txt")

@@ -15,12 +15,13 @@ from torch import Tensor
 
 import common
 from common import ASSISTANT, EOS, PAD, ModelConfig, Rollout, Transformer
+from data import zoo
 
 V, LONGEST = 4, 3
 # ragged, so that padding and positions matter. π* must be a policy this Transformer can be: no
 # prompt is the beginning of another, and none one token repeated, which attention cannot count
 PROMPTS = [[1, 2], [2, 3, 1], [3, 1, 1, 2]]
-NAMES = ["0", "1", "2"]  # what ppo.collect is given; `chat` turns them into PROMPTS
+NAMES = ["0", "1", "2"]  # prompts as text; `chat` turns them into PROMPTS
 
 
 def chat(name: str) -> list[int]:
@@ -53,7 +54,7 @@ def transformer(seed: int, head: str = "lm", spread: float = 1.0, **sizes) -> Tr
 
 def nearby(model: Transformer, size: float = 0.02) -> Transformer:
     """A copy whose weights have moved a little."""
-    copy = Transformer(model.config, model.kind).double()
+    copy = Transformer(model.config, model.head).double()
     copy.load_state_dict(model.state_dict())
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -162,7 +163,7 @@ def number(tokens: Tensor, mask: Tensor, longest: int = LONGEST) -> Tensor:
 
 
 class Table:
-    """r(x, y) as a plain table (M, 40), called as ppo.collect calls a reward model."""
+    """r(x, y) as a plain table (M, 40), called as ppo.train calls a reward model."""
 
     def __init__(self, r: Tensor, longest: int = LONGEST):
         self.r, self.longest = r, longest
@@ -193,9 +194,9 @@ def fits(rollout: Rollout, p: Tensor) -> float:
 
 
 def parted(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Rows to train on, rows held out."""
-    held = [row for row in rows if common.held_out(row["prompt"])]
-    return [row for row in rows if row not in held], held
+    """Rows of the zoo to train on, rows held out."""
+    held = [row for row in rows if zoo.held_out(row["prompt"])]
+    return [row for row in rows if not zoo.held_out(row["prompt"])], held
 
 
 def judged(runs, name: str = "comparisons") -> list[dict]:

@@ -1,17 +1,15 @@
 """The book's claims, checked in this world.
 
-    python tests/studies/claims.py           three seeds, half an hour on two quiet cores
+    python tests/studies/claims.py           five seeds, about an hour on two cores
     python tests/studies/claims.py --quick   a tenth of all steps and pairs: does it work?
 
-Runs are the scripts themselves: RUNS says with what flags, CHANGES with what change of the
-code. They go to runs_claims/seedS/NAME (--out-folder; git ignores it), --jobs at a time, one
-thread each. What is there is not made again, so a study that was stopped goes on; after a
-change of the scripts delete the folder. At the end: the table, printed and in claims.md; all
-numbers, seed by seed, in claims.json; gold against KL in claims.png.
+Runs are the scripts themselves: RUNS says with what flags, and with which exercise. They go to
+runs_claims/seedS/NAME; see runs.py. At the end: the table, printed and in claims.md; numbers
+seed by seed in claims.json; gold against KL in claims.png (needs matplotlib).
 
 A claim is a function that yields numbers of one seed. A number's name may end with a criterion,
 written before any run: "> 0", "< 0.05", or "≈ 1", 0.9 to 1.1. A claim holds if all its criteria
-hold for all of mean ± t SE over seeds, t at 5 % on one side (2.92 for three seeds): of twenty
+hold for all of mean ± t SE over seeds, t at 5 % on one side (2.13 for five seeds): of twenty
 claims that are false, one may pass. It does not hold if a criterion holds for none of that
 range; else it is open, in part or all. In the table ± is one SE. Seeds differ in everything but
 the prompts and draws of the measurements. No setting was chosen for the sake of a verdict.
@@ -27,31 +25,22 @@ the prompts and draws of the measurements. No setting was chosen for the sake of
                                of different answers to a prompt: 1 is as good as gold itself
 """
 
-import argparse
-import contextlib
 import json
 import math
 import os
 import re
-import runpy
-import sys
-import zlib
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import runs as study
 import torch
-from tqdm import tqdm
+from runs import HELD_OUT, PAIRS, TRAIN, common
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-import common, dpo, ppo  # noqa: E401, E402, I001
-
-QUICK = "--quick" in sys.argv
+import dpo
+import ppo
 
 # --------------------------------------------------------------------------- what is run
-# "collect POLICY N": N training pairs of its answers, judged, and one in twenty held out
 
 RL, MANY = "ppo.py --estimator rloo --steps 60", "--comparisons comparisons --pairs 20000"
 FEW = "reward_model.py --comparisons old_a --pairs 2000"
@@ -72,11 +61,11 @@ RUNS = {
     # β = 0.3 from here on. One thing changed:
     "rloo": f"{RL} --reward rm_20000",
     "no_clip": f"{RL} --reward rm_20000 --clip 1000000",
-    "per_sequence": f"{RL} --reward rm_20000",
-    "kl_in_loss": f"{RL} --reward rm_20000",
+    "per_sequence": f"per_sequence {RL} --reward rm_20000",
+    "kl_in_loss": f"kl_in_loss {RL} --reward rm_20000",
     "from_base": f"{RL} --reward rm_20000 --init base --ref base",
     "grpo": "ppo.py --estimator grpo --steps 60 --reward rm_20000",
-    "grpo_no_std": "ppo.py --estimator grpo --steps 60 --reward rm_20000",
+    "grpo_no_std": "dr_grpo ppo.py --estimator grpo --steps 60 --reward rm_20000",
     "gae": "ppo.py --estimator gae --steps 60 --reward rm_20000",
     # as many answers and as many updates as PPO's, but on-policy
     "reinforce": "ppo.py --estimator reinforce --epochs 1 --minibatches 1 --prompts 16 "
@@ -92,132 +81,20 @@ RUNS = {
     "new_dpo": "collect dpo 4000",
     "dpo_new": "dpo.py --comparisons new_dpo --pairs 4000 --init dpo --steps 250",
     "dpo_old": "dpo.py --comparisons old_a,old_b --pairs 4000 --init dpo --steps 250",
-    "measured": "measure",
 }
-CHANGES = {
-    "per_sequence": """
--    return -(surrogate * response_mask).sum(1).mean()
-+    return -((surrogate * response_mask).sum(1) / response_mask.sum(1)).mean()
-""",
-    "grpo_no_std": """
--    return advantages.flatten()
-+    return (advantages * std).flatten()
-""",
-    "kl_in_loss": """
--    return (score - beta * kl).detach(), kl.detach()
-+    return score.detach(), kl.detach()
-
-             loss = policy_loss(logprobs, old, A, mask, cfg.clip)
-+            l = (batch.ref_logprobs[rows] - logprobs) * mask
-+            loss = loss + cfg.beta * (torch.expm1(l) - l).sum(1).mean()  # k3, as in GRPO
-""",
-}
-SIZES, PAIRS = (500, 2000, 20000), "comparisons.jsonl"
-
-
-def needs(name: str) -> list[str]:
-    words = RUNS if name == "measured" else ["sft", *re.split("[ ,]", RUNS[name])]
-    return [word for word in words if word in RUNS and word != name]
-
-
-def level(name: str) -> int:
-    """Runs of a level need those of lower levels alone."""
-    return 1 + max([level(x) for x in needs(name)], default=0)
-
-
-def is_done(folder: Path, name: str) -> bool:
-    there, file = folder / name, folder / "measured" / "measured.json"
-    if name != "measured":
-        return (there / "model.pt").exists() or (there / PAIRS).exists()
-    newer = [Path(__file__), *folder.glob("*/model.pt")]
-    return (all(is_done(folder, run) for run in needs(name)) and file.exists()
-            and file.stat().st_mtime > max(x.stat().st_mtime for x in newer))  # fmt: skip
-
-
-def changed(folder: Path, name: str, file: str) -> str:
-    """The script of a run; where the code is changed, a copy."""
-    source = (ROOT / file).read_text()
-    for hunk in CHANGES.get(name, "").strip("\n").split("\n\n"):
-        lines = (hunk + "\n").splitlines(keepends=True)
-        old, new = ("".join(x[1:] for x in lines if x[0] in signs) for signs in (" -", " +"))
-        assert not old or source.count(old) == 1, f"{name}: {file} does not have once: {old}"
-        source = source.replace(old, new) if old else source
-    common.write(folder / "scripts" / name / file, source)
-    return str(folder / "scripts" / name / file)
-
-
-def work(job: tuple[int, Path, str]) -> str:
-    """Make one run in this process, but for the closing table, which takes as long. Returns
-    what went wrong."""
-    common.PROGRESS, common.closing_table = False, lambda *_: None
-    (seed, folder, name), words = job, RUNS[job[2]]
-    if QUICK:
-        numbers = r"(steps |pairs |collect \w+ )(\d+)"
-        words = re.sub(numbers, lambda m: m[1] + str(int(m[2]) // 10), words)
-    try:
-        lacks = [x for x in needs(name) if not is_done(folder, x)]
-        if lacks and name != "measured":
-            raise ValueError(f"{', '.join(lacks)} failed before")
-        match words.split():
-            case ["measure"]:
-                measure(folder)
-            case ["collect", policy, n]:
-                model, n = load(folder, policy), int(n) * 11 // 10
-                common.seed_all(seed + zlib.crc32(name.encode()))  # no two share their draws
-                common.collect_comparisons(model, n, folder / name / PAIRS)
-            case [file, *flags]:
-                sys.argv = [changed(folder, name, file), *flags, "--runs", str(folder)]
-                sys.argv += ["--out", name, "--seed", str(seed), "--device", "cpu"]
-                with (folder / "scripts" / name / "log.txt").open("w") as log:
-                    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                        runpy.run_path(sys.argv[0], run_name="__main__")
-    except (Exception, SystemExit) as error:
-        return f"seed {seed}, {name}: {error!r}"
-    return ""
-
-
-def make_all(folders: dict[int, Path], jobs: int) -> None:
-    """What is missing, of all seeds, measurements last."""
-    todo = [(s, f, name) for name in RUNS for s, f in folders.items() if not is_done(f, name)]
-    bar = tqdm(total=len(todo), unit="run", smoothing=0)
-    with get_context("spawn").Pool(jobs) as workers:
-        for k in range(level("measured")):
-            now = [job for job in todo if level(job[2]) == k + 1]
-            bar.set_postfix_str(", ".join(dict.fromkeys(name for *_, name in now)))
-            for wrong in workers.imap_unordered(work, now):
-                bar.update()
-                if wrong:
-                    bar.write(wrong)
-        workers.close()
-        workers.join()
-    bar.close()
-
+SIZES = (500, 2000, 20000)
 
 # --------------------------------------------------------------------- how it is measured
 # s is the folder of one seed
 
 
-@cache
 def load(s: Path, name: str) -> common.Transformer:
-    head = "scalar" if name.startswith("rm_") else "lm"
-    return common.load_model(s / name, head, torch.device("cpu"))
+    return study.load(s, name, "scalar" if name.startswith("rm_") else "lm")
 
 
-def prompts(part: int = 1) -> list[str]:
-    """Training prompts (part 0) or held-out ones."""
-    return common.read_prompts(None, 24, 512)[part][: 24 if QUICK else 400]
-
-
-@cache
-def found(s: Path, policy: str, judge: str = "rm_20000", part: int = 1) -> dict:
-    model = load(s, judge)  # now: it draws random weights, and evaluate sets the seed
-
-    def reward(_, rollout):
-        return common.score(model, rollout.tokens, rollout.response_mask)
-
-    run = common.evaluate(load(s, policy), load(s, "sft"), reward, prompts(part), 24)
-    run["KL"] = run["log_ratio"]
-    return run | {"J": run["reward"] - 0.3 * run["KL"]}
+def found(s: Path, policy: str, judge: str = "rm_20000", prompts=HELD_OUT) -> dict:
+    run = study.found(s, policy, judge, prompts)
+    return run | {"KL": run["kl"], "J": run["reward"] - 0.3 * run["kl"]}
 
 
 def mean(s: Path, policy: str, what: str) -> float:
@@ -232,13 +109,13 @@ def diff(s: Path, what: str, a: str, b: str = "sft") -> float:
 @torch.no_grad()
 def pool(s: Path) -> dict[str, torch.Tensor]:
     """64 answers of SFT to each of M prompts: gold, and r by every reward model, (M, 64)."""
-    names = [name for name in RUNS if name.startswith("rm_") and is_done(s, name)]
+    names = [name for name in RUNS if name.startswith("rm_") and study.is_done(s, name)]
     policy, judges = load(s, "sft"), {name: load(s, name) for name in names}
     columns = {name: [] for name in ("gold", *judges)}
     torch.manual_seed(0)
-    for asked, rollout in common.samples(policy, prompts(), 64, 24):
+    for asked, rollout in common.sample_answers(policy, list(HELD_OUT), 64, 24):
         rows = zip(asked, common.completions(rollout), rollout.finished.tolist())
-        columns["gold"] += [common.gold_reward(*row) for row in rows]
+        columns["gold"] += [study.zoo.gold_reward(*row) for row in rows]
         for name, judge in judges.items():
             scores = common.score(judge, rollout.tokens, rollout.response_mask)
             columns[name] += scores.tolist()
@@ -263,7 +140,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 def path(s: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """KL and gain of gold at every step of an RL run, not smoothed."""
-    start = found(s, "sft", part=0)["gold"].mean().item()
+    start = found(s, "sft", prompts=TRAIN)["gold"].mean().item()
     return metrics(s, name)["kl"].clip(0), metrics(s, name)["gold"] - start
 
 
@@ -382,9 +259,9 @@ def _(s):
 @claim(DAA, "dpo comparisons")
 def _(s):
     """DPO lowers the log-probability of chosen answers, and that of rejected ones more"""
-    rows = common.read_jsonl(s / "comparisons" / PAIRS, ("prompt", "chosen", "rejected"))
+    rows = common.read_jsonl(s / "comparisons" / PAIRS, ("prompt", "chosen", "rejected"), 512)
     with torch.no_grad():
-        pairs = common.encode_pairs(common.split(rows)[1], "cpu")
+        pairs = common.encode_pairs(common.split(rows, own=False)[1], "cpu")
         sft, after = (dpo.response_logprobs(load(s, x), *pairs).mean(0) for x in ("sft", "dpo"))
     chosen, rejected = (sft - after).tolist()
     yield "fall of log π(chosen) > 0", chosen
@@ -469,18 +346,18 @@ def _(s):
 # ---------------------------------------------------------------- verdicts, table, picture
 
 
-def measure(s: Path) -> None:
+def measure(s: Path) -> dict:
     """The numbers of one seed; a claim whose runs have failed has none."""
+    torch.set_num_threads(1)
     claims, curves = {}, {}
     for text, _, runs, numbers in CLAIMS:
-        if all(is_done(s, name) for name in ("sft", "rm_20000", *runs)):
+        if all(study.is_done(s, name) for name in ("sft", "rm_20000", *runs)):
             claims[text] = {name: float(number) for name, number in numbers(s)}
     for n in SIZES:
-        if is_done(s, f"rl_{n}") and is_done(s, "rm_20000"):
+        if all(study.is_done(s, name) for name in (f"rl_{n}", "rm_20000")):
             both = {"RL": path(s, f"rl_{n}"), "best-of-n": best_of(s, f"rm_{n}")}
             curves[n] = {kind: np.stack(curve).tolist() for kind, curve in both.items()}
-    text = json.dumps({"claims": claims, "curves": curves}, indent=1)
-    common.write(s / "measured" / "measured.json", text)
+    return {"claims": claims, "curves": curves}
 
 
 def verdict(text: str, chapter: str, runs: list[str], seeds: dict[int, dict]) -> dict:
@@ -511,12 +388,10 @@ def verdict(text: str, chapter: str, runs: list[str], seeds: dict[int, dict]) ->
 
 
 def draw(seeds: dict[int, dict], file: Path) -> None:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return common.say("matplotlib is not installed, so no picture is drawn")
-    figure, axes = plt.subplots(1, len(SIZES), figsize=(13, 4.2), sharey=True)
-    for axis, n in zip(axes, map(str, SIZES)):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="tight")
+    for axis, n in zip(figure.subplots(1, len(SIZES), sharey=True), SIZES):
         for colour, kind in enumerate(("RL", "best-of-n")):
             curves = [x["curves"][n][kind] for x in seeds.values() if n in x["curves"]]
             if curves:
@@ -526,36 +401,26 @@ def draw(seeds: dict[int, dict], file: Path) -> None:
                 axis.plot(np.sqrt(kl), gold, ".", color=f"C{colour}", alpha=0.4)
                 label = f"{kind}: d(α − β {law}), α {a:.2f}, β {b:.2f}, error {error:.2f}"
                 axis.plot(d, form(d, kind) @ (a, b), color=f"C{colour}", label=label)
-        axis.set(title=f"reward model of {n} pairs", xlabel="d = √KL to SFT")
+        axis.set(title=f"reward model of {n} pairs", xlabel="d = √KL", ylabel="gain of gold")
         axis.legend(fontsize=8)
-    axes[0].set_ylabel("gain of gold")
-    figure.tight_layout()
     figure.savefig(file, dpi=110)
 
 
 def main() -> None:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out-folder", default="runs_claims")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
-    parser.add_argument("--quick", action="store_true", help="a trial, in a folder of its own")
-    args = parser.parse_args()
+    args = study.arguments(__doc__, "runs_claims", [0, 1, 2, 3, 4])
     os.environ["OMP_NUM_THREADS"] = "1"
-    out = Path(args.out_folder + "_quick" * args.quick).resolve()
-    folders = {seed: out / f"seed{seed}" for seed in args.seeds}
-    make_all(folders, args.jobs)
-    measured = {seed: folder / "measured" / "measured.json" for seed, folder in folders.items()}
-    seeds = {seed: json.loads(x.read_text()) for seed, x in measured.items() if x.exists()}
+    study.make_all(study.quick(RUNS) if args.quick else RUNS, args.folders, args.jobs)
+    with study.get_context("spawn").Pool(args.jobs) as workers:
+        seeds = dict(zip(args.folders, workers.map(measure, args.folders.values())))
     judged = [verdict(text, chapter, runs, seeds) for text, chapter, runs, _ in CLAIMS]
-    common.write(out / "claims.json", json.dumps(judged, indent=1, ensure_ascii=False))
+    common.write(args.out / "claims.json", json.dumps(judged, indent=1, ensure_ascii=False))
     lines = ["| claim | chapter | what came out | verdict |", "|---|---|---|---|"]
     for row in judged:
         cells = [row[key] for key in ("claim", "chapter", "out", "verdict")]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    common.write(out / "claims.md", "\n".join(lines) + "\n")
-    common.say("\n".join(lines))
-    draw(seeds, out / "claims.png")
+    common.write(args.out / "claims.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+    draw(seeds, args.out / "claims.png")
 
 
 if __name__ == "__main__":
