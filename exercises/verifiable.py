@@ -1,8 +1,9 @@
-"""A verifiable reward: no model, but a check of the fact itself, as in RLVR (chapter "Reasoning").
+"""A verifiable reward: no model, but a check of the fact itself (chapter "Reasoning").
 
     python ppo.py --reward exercises/verifiable.py:right --out verifiable
 
-Compare with the learned reward: nothing here likes courtesy or dislikes rudeness."""
+Compare with the learned reward: nothing here likes courtesy or dislikes rudeness.
+"""
 
 from data import zoo
 

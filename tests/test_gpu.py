@@ -12,8 +12,8 @@ import rejection_sampling
 import reward_model
 import sft
 
-accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else ""
-DEVICE = os.environ.get("DEVICE", str(accelerator))
+there = torch.accelerator.is_available()
+DEVICE = os.environ.get("DEVICE", str(torch.accelerator.current_accelerator()) * there)
 pytestmark = pytest.mark.skipif(not DEVICE, reason="needs an accelerator")
 
 

@@ -409,7 +409,8 @@ def draw(seeds: dict[int, dict], file: Path) -> None:
 def main() -> None:
     args = study.arguments(__doc__, "runs_claims", [0, 1, 2, 3, 4])
     os.environ["OMP_NUM_THREADS"] = "1"
-    study.make_all(study.quick(RUNS) if args.quick else RUNS, args.folders, args.jobs)
+    wanted = study.with_needs(RUNS, args.only or list(RUNS))
+    study.make_all(study.quick(wanted) if args.quick else wanted, args.folders, args.jobs)
     with study.get_context("spawn").Pool(args.jobs) as workers:
         seeds = dict(zip(args.folders, workers.map(measure, args.folders.values())))
     judged = [verdict(text, chapter, runs, seeds) for text, chapter, runs, _ in CLAIMS]

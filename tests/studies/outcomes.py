@@ -1,7 +1,12 @@
-"""What each variant, flag and exercise does: one table, three seeds.
+"""What each script, flag and exercise does: one table over several seeds.
 
-    python tests/studies/outcomes.py           about an hour and a half on two cores
-    python tests/studies/outcomes.py --quick   a tenth of all steps and pairs: does it work?
+    python tests/studies/outcomes.py             about an hour and a half on two cores
+    python tests/studies/outcomes.py --quick     a tenth of all steps and pairs: does it work?
+
+The README's table is of fewer runs and other seeds:
+
+    python tests/studies/outcomes.py --folder runs_recipe --seeds 0 1 2 3 4 --only ppo ppo_rloo
+        ppo_gae ppo_grpo ppo_reinforce dpo rs rs_random ppo_weak ppo_2
 
 Runs go to runs_outcomes/seedS/NAME; see runs.py. At the end, printed and in outcomes.md:
 
@@ -53,6 +58,8 @@ SETS = {  # run: (what it changes, how it is made)
     "whitening": ("ppo_gae", "whitening ppo.py --estimator gae"),
     "verifiable": ("ppo", f"ppo.py --reward {study.ROOT}/exercises/verifiable.py:right"),
     "ppo_margin": ("ppo", "ppo.py --reward rm_margin"),
+    "ppo_weak": ("ppo", "ppo.py --beta 0 --reward rm_weak"),
+    "ppo_2": ("beta_0.05", "ppo.py --beta 0.05 --reward rm_2"),
     "dpo": ("sft", "dpo.py"),
     "ipo": ("dpo", "dpo.py --loss ipo"),
     "hinge": ("dpo", "dpo.py --loss hinge"),
@@ -72,8 +79,12 @@ REWARD_MODELS = {
     "reward_model": "reward_model.py",
     "rm_margin": "reward_model.py --margin 1",
     "rm_once": "reward_model.py --epochs 1",
+    "rm_weak": "reward_model.py --pairs 2000",
+    # a second round: judged answers of a policy with a low price on KL, beside the old ones
+    "rm_2": "reward_model.py --comparisons comparisons,comparisons_2 --pairs 40000",
 }
 RUNS = {"sft": "sft.py", "comparisons": "collect sft 20000"} | REWARD_MODELS
+RUNS["comparisons_2"] = "collect beta_0.05 20000"
 RUNS |= {
     name: words
     if "--reward" in words or "dpo.py" in words
@@ -100,11 +111,13 @@ def measure(folder: Path) -> dict:
     path = folder / "comparisons" / study.PAIRS
     rows = common.read_jsonl(path, ("prompt", "chosen", "rejected"), 512)
     held = common.split(rows, own=False)[1]
-    judges = {name: study.load(folder, name, "scalar") for name in REWARD_MODELS}
+    made = [name for name in REWARD_MODELS if study.is_done(folder, name)]
+    judges = {name: study.load(folder, name, "scalar") for name in made}
     accuracies = {name: reward_model.accuracies(judge, held) for name, judge in judges.items()}
     lines = {"best of n": best_of_n(folder)}
     for method, names in KNOBS.items():
-        lines[method] = [(table[name]["kl"], table[name]["gold"]) for name in names]
+        points = [table[name] for name in names if name in table]
+        lines[method] = [(point["kl"], point["gold"]) for point in points]
     start = (0.0, table["sft"]["gold"])
     gold = {method: read_off([start, *sorted(points)]) for method, points in lines.items()}
     return {"table": table, "accuracies": accuracies, "equal_kl": gold}
@@ -128,12 +141,12 @@ def read_off(line: list[tuple[float, float]]) -> list[float]:
     return [np.interp(x, kl, gold) if x <= kl[-1] else math.nan for x in EQUAL_KL]
 
 
-def mean_error(values: list[float]) -> str:
+def mean_error(values: list[float], digits: int = 2) -> str:
     """Mean ± standard error over seeds."""
     if any(map(math.isnan, values)):
         return "–"
     error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{np.mean(values):.2f} ± {error:.2f}"
+    return f"{np.mean(values):.{digits}f} ± {error:.{digits}f}"
 
 
 def tables(seeds: list[dict]) -> list[str]:
@@ -150,13 +163,10 @@ def tables(seeds: list[dict]) -> list[str]:
             lines.append("| " + " | ".join([*cells, f"{beside}: {mean_error(gap)}"]) + " |")
     lines += ["", "| reward model | command | expected | ceiling | agrees with gold |"]
     lines += ["|---|---|---|---|---|"]
-    for name, words in REWARD_MODELS.items():
-        cells = [name, f"`{words}`"]
+    for name in seeds[0]["accuracies"]:
+        cells = [name, f"`{REWARD_MODELS[name]}`"]
         for key in ("expected", "ceiling", "agrees_with_gold"):
-            values = [seed["accuracies"][name][key] for seed in seeds]
-            cells.append(
-                f"{np.mean(values):.3f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
-            )
+            cells.append(mean_error([seed["accuracies"][name][key] for seed in seeds], 3))
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"| gold at KL | {' | '.join(map(str, EQUAL_KL))} |", "|---|---|---|---|---|"]
     for method in seeds[0]["equal_kl"]:
@@ -168,7 +178,8 @@ def tables(seeds: list[dict]) -> list[str]:
 def main() -> None:
     args = study.arguments(__doc__, "runs_outcomes", [20, 21, 22])
     os.environ["OMP_NUM_THREADS"] = "1"
-    study.make_all(study.quick(RUNS) if args.quick else RUNS, args.folders, args.jobs)
+    wanted = study.with_needs(RUNS, args.only or list(RUNS))
+    study.make_all(study.quick(wanted) if args.quick else wanted, args.folders, args.jobs)
     with study.get_context("spawn").Pool(args.jobs) as workers:
         seeds = workers.map(measure, args.folders.values())
     lines = tables(seeds)

@@ -42,6 +42,15 @@ def level(table: dict[str, str], name: str) -> int:
     return 1 + max([level(table, x) for x in needs(table, name)], default=0)
 
 
+def with_needs(table: dict[str, str], names: list[str]) -> dict[str, str]:
+    """The part of the table that makes these runs."""
+    wanted, todo = set(), list(names)
+    while todo:
+        wanted.add(name := todo.pop())
+        todo += needs(table, name)
+    return {name: table[name] for name in table if name in wanted}
+
+
 def is_done(folder: Path, name: str) -> bool:
     return any((folder / name / file).exists() for file in ("model.pt", PAIRS))
 
@@ -133,6 +142,7 @@ def arguments(doc: str, folder: str, seeds: list[int]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
     parser.add_argument("--folder", default=folder, help="where the runs go")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
+    parser.add_argument("--only", nargs="+", help="these runs, and those that they need")
     parser.add_argument("--quick", action="store_true", help="a tenth of all steps and pairs")
     args = parser.parse_args()
     args.out = Path(args.folder + "_quick" * args.quick).resolve()
