@@ -1,10 +1,12 @@
-"""What the five scripts share: machinery, and nothing that carries a symbol of the objective.
+"""What the five scripts share: machinery. The losses, the advantages, the penalty on KL and the
+selection rules are in the scripts.
 
     tokens · Transformer · generate · log-probs, values, scores · steps        the first half
     files · runs · inputs · closing table · command line                       the second
 
 Shapes: B rows, T positions, V vocabulary, C channels, N samples per prompt, M prompts.
-Every (B, T) tensor is aligned with `tokens`: column t is about token t.
+Every (B, T) tensor is aligned with `tokens`: column t is about token t. (Inside the Transformer
+an output at position t has read token t; `_outputs_before` moves it to column t + 1.)
 """
 
 import argparse
@@ -91,18 +93,18 @@ class ModelConfig:
 
 
 def prefix_tree(tokens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """The prefixes of a batch form a tree. Rows that begin alike share its first nodes, and
-    each of the n nodes is computed once:
+    """The prefixes of a batch form a tree: a node is a distinct prefix. Rows that begin alike
+    share nodes, and what looks at one position alone, all but attention, runs once a node:
 
         tokens   where does the owl live      node   0 1 2 3 4
                  where does the fox                  0 1 2 5 ·
 
-    Returns node (B, T), the node at each position, and place (n,), for each node a flat
+    Returns node (B, T), the node at each position, and place (n,), for each node one flat
     position b·T + t where it stands. What comes after a row's last True in `keep` (B, T)
-    reaches no output that is asked for: all of it shares one node."""
+    reaches no output that is asked for: all of it shares one node (the dot)."""
     B, T = tokens.shape
-    # A prefix's number is the sum of its tokens times random odd numbers: two prefixes of a
-    # batch have the same number once in 2⁵⁰.
+    # A hash of each prefix: its tokens times random odd numbers, summed mod 2⁶⁴. Two prefixes
+    # of a batch have the same one once in 2⁵⁰ batches.
     odd = torch.randint(2**62, (T,), generator=torch.Generator().manual_seed(0)) * 2 + 1
     number = ((tokens + 1) * odd.to(tokens.device)).cumsum(1)
     number = number.where(keep.flip(1).cumsum(1).flip(1) > 0, 0)
@@ -130,8 +132,8 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(c.channels, 2 * c.hidden, bias=False)
         self.down = nn.Linear(c.hidden, c.channels, bias=False)
 
-    def forward(self, x: Tensor, cos, sin, future, node, place, cache=None) -> Tensor:
-        """x (n, C), a row for each node -> (m, C), a row for each flat position in `place`."""
+    def forward(self, x: Tensor, cos, sin, future, node, rows, cache=None) -> Tensor:
+        """x (n, C), a row for each node -> (m, C), a row for each flat position in `rows`."""
         (B, T), H, K, D = node.shape, self.heads, self.kv_heads, cos.shape[-1]
         qkv = self.qkv(self.attention_norm(x)).view(len(x), H + 2 * K, D)
         qk, v = qkv.split((H + K, K), 1)
@@ -148,8 +150,8 @@ class Block(nn.Module):
         # y = softmax(q kᵀ / √D) v; `future` (T, stop) is −∞ where the key is after the query
         y = ((q * D**-0.5) @ k.transpose(-1, -2) + future).softmax(-1) @ v
         y = y.transpose(1, 2).reshape(B * T, -1)
-        # and back: from here on only the rows in `place`
-        x = pick(x, node.flatten()[place]) + self.out(pick(y, place))
+        # and back: from here on only what is asked for
+        x = pick(x, node.flatten()[rows]) + self.out(pick(y, rows))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
@@ -167,6 +169,7 @@ class Transformer(nn.Module):
         nn.init.normal_(self.embed.weight, std=c.channels**-0.5)
         for name, weight in self.blocks.named_parameters():
             if weight.dim() == 2:
+                # as in GPT-2: what is added to the residual stream starts smaller
                 residual = name.endswith(("out.weight", "down.weight"))
                 scale = (2 * c.layers) ** -0.5 if residual else 1.0
                 nn.init.normal_(weight, std=scale * weight.shape[1] ** -0.5)
@@ -192,7 +195,7 @@ class Transformer(nn.Module):
         with `keep` (B, T), bool, of its m True positions alone: (m, V) or (m,)."""
         (B, T), every = tokens.shape, torch.arange(tokens.numel(), device=tokens.device)
         asked = every if keep is None else keep.flatten().nonzero().squeeze(1)
-        if start:  # the prefixes are in the cache
+        if start:  # the same new tokens may follow different prefixes: nothing is shared
             node, place = every.view(B, T), every
         else:
             node, place = prefix_tree(tokens, torch.ones_like(tokens) if keep is None else keep)
@@ -200,7 +203,7 @@ class Transformer(nn.Module):
         cos, sin = self.cos[position, None], self.sin[position, None]
         future = x.new_full((T, start + T), -math.inf).triu(start + 1)
         for i, block in enumerate(self.blocks):
-            rows = asked if i + 1 == len(self.blocks) else place
+            rows = asked if i + 1 == len(self.blocks) else place  # place: nodes again
             x = block(x, cos, sin, future, node, rows, None if cache is None else cache[i])
         x = self.norm(x)
         if self.head == "scalar":
@@ -236,20 +239,22 @@ def generate(
 ) -> Rollout:
     """Sample one response to each of B prompts, all in one batch with a KV cache.
 
-    All rows stand at the same position: a row whose prompt is not over yet reads its next
-    prompt token, the others sample. So there is no left padding and no attention mask."""
+    All rows stand at the same position t: a row still in its prompt copies its own token t, the
+    others sample one. So there is no left padding and no attention mask. While no row samples,
+    t jumps ahead, and the prompts are read at once."""
     c, device, B = model.config, model.device, len(prompts)
     start, T = min(map(len, prompts)), max(map(len, prompts)) + max_new_tokens
     if start < 1 or max_new_tokens < 1 or temperature <= 0 or c.context < T:
         raise ValueError("generate: an empty prompt, nothing to sample, or over the context")
     tokens = torch.tensor([p + [PAD] * (T - len(p)) for p in prompts], device=device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    # one u per token, drawn before the loop and on the CPU: rows do not depend on each other,
-    # and every device has the same draws
+    # one u per token, drawn on the CPU before the loop: every device has the same draws, and
+    # they do not depend on which rows have ended
     u = torch.rand(B, T, dtype=model.embed.weight.dtype).to(device)
     mask, logprobs = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(u)
     cache = u.new_empty(c.layers, 2, B, c.kv_heads, T, c.channels // c.heads)
-    rows, over = torch.arange(B, device=device), torch.zeros_like(mask[:, 0])  # still in batch
+    rows = torch.arange(B, device=device)  # those still in the batch
+    over = torch.zeros_like(mask[:, 0])  # of these: ended with EOS, or cut
     read, t = 0, start
     while True:
         new = tokens[rows, read:t]  # what stands before is in the cache
@@ -267,7 +272,7 @@ def generate(
         going = (~over).nonzero().squeeze(-1)
         if len(going) == 0:
             break
-        # on to the next position where a row samples; prompts are read up to it at once
+        # on to the next position where a row samples
         read, t = t, max(t + 1, int(lengths[rows[going]].min()))
         if len(going) < 0.8 * len(rows):  # not at every step: moving the cache costs too
             rows, over, cache = rows[going], over[going], cache[:, :, going]
@@ -325,7 +330,7 @@ def in_passes(function):
         for i in range(1, B + 1):
             longest = max(1, ends[first])
             if i == B or (i - first + 1) * longest > PASS or 4 * ends[i] < longest:
-                rows = order[first:i]
+                rows = order[first:i]  # row i would not fit, or is much shorter
                 part = function(model, tokens[rows, :longest], mask[rows, :longest])
                 parts.append(F.pad(part, (0, T - longest)) if part.dim() == 2 else part)
                 first = i
@@ -368,20 +373,24 @@ def token_values(critic: Transformer, tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 @in_passes
+def _last_output(model: Transformer, tokens: Tensor, mask: Tensor) -> Tensor:
+    """The output (B,) at the last True of each row of the mask (B, T)."""
+    column = torch.arange(tokens.shape[1], device=tokens.device)
+    return model(tokens, column == (mask * column).argmax(1, keepdim=True))
+
+
 def score(reward_model: Transformer, tokens: Tensor, response_mask: Tensor) -> Tensor:
     """r(x, y), (B,): the reward model's number at the last response token."""
-    column = torch.arange(tokens.shape[1], device=tokens.device)
-    last = (response_mask * column).argmax(1, keepdim=True)
-    return reward_model(tokens, column == last)
+    return _last_output(reward_model, tokens, response_mask)
 
 
 # ----------------------------------------------------------------------------------- steps
 
 
 def minibatches(size: int, tokens: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random minibatches without end: (tokens, mask), at most `size` rows each, and in sizes
-    that differ by one at most. In an epoch every row comes once. tokens and mask are (rows, T),
-    or (rows, 2, T) for pairs.
+    """Random minibatches without end: (tokens, mask), at most `size` rows each. Sizes differ
+    by one at most. In an epoch every row comes once. tokens and mask are (rows, T), or
+    (rows, 2, T) for pairs.
 
     Rows of like length are not put together, although less padding would be faster: a batch of
     long rows has a large gradient, and Adam divides it by a second moment that has just grown
@@ -417,7 +426,7 @@ def descend(loss: Tensor, model: nn.Module, optimizer, lr: float) -> Tensor:
 # ----------------------------------------------------------------------------------- files
 
 VOCABULARY = zlib.crc32(b"\0".join(PIECES))  # saved with weights: ids must mean the same
-HEADS = {"lm": "a policy", "scalar": "a reward model"}
+HEADS = {"lm": "a policy", "scalar": "a reward model"}  # what a model with this head is
 
 
 def fail(message: str, code: int = 2) -> None:
@@ -449,7 +458,7 @@ def load_model(folder: Path, head: str, device: torch.device | str) -> Transform
     if saved["vocabulary"] != VOCABULARY:
         fail(f"{folder}/model.pt has another vocabulary; train it anew")
     if saved["head"] != head:
-        fail(f"{folder} is {HEADS[saved['head']]}, and {HEADS[head]} is needed")
+        fail(f"{folder} is {HEADS[saved['head']]}; {HEADS[head]} is needed here")
     model = Transformer(ModelConfig(**saved["config"]), head)
     model.load_state_dict(saved["weights"])
     return model.to(device)
@@ -483,7 +492,7 @@ def read_jsonl(path: str | Path, keys: tuple[str, ...], context: int) -> list[di
 
 def split(rows: list[dict], own: bool) -> tuple[list[dict], list[dict]]:
     """Rows to train on and rows held out, by their question. The zoo says which it holds out;
-    of a reader's own prompts it is one in six. A single prompt is on both sides."""
+    of your own questions it is one in six. A single question is on both sides."""
     held = zoo.hold_out(row["prompt"] for row in rows) if own else zoo.HELD_OUT
     sides = [], []
     for row in rows:
@@ -499,7 +508,8 @@ def answer_ids(row: dict, key: str = "completion") -> tuple[list[int], list[int]
 
 
 def encode_pairs(rows: list[dict], device) -> tuple[Tensor, Tensor]:
-    """Tokens and response masks of comparisons, (B, 2, T) each: [:, 0] chosen, [:, 1] not."""
+    """Tokens and response masks of comparisons, (B, 2, T) each: [:, 0] chosen, [:, 1]
+    rejected."""
     ids = [answer_ids(row, side) for row in rows for side in ("chosen", "rejected")]
     tokens, mask = collate(ids, device)
     return tokens.unflatten(0, (-1, 2)), mask.unflatten(0, (-1, 2))
@@ -525,13 +535,13 @@ def pick_device(name: str) -> torch.device:
 
 
 class Run:
-    """The folder runs/NAME while it is being made: log a row a step; the end saves it. What
-    ends it early, Ctrl-C or an error, leaves runs/NAME_stopped and what was there before."""
+    """A run while it is being made: log one row a step. At its end it is saved to runs/NAME. On
+    Ctrl-C or an error it is saved to runs/NAME_stopped, and runs/NAME stays as it was."""
 
     def __init__(self, cfg, name: str, model: Transformer, steps: int, show: tuple[str, ...]):
         self.cfg, self.folder, self.model = cfg, Path(cfg.runs) / name, model
         self.steps, self.show, self.rows, self.began = steps, show, [], time.time()
-        self.bar = tqdm(total=steps, desc=name, disable=None)  # None: on a terminal alone
+        self.bar = tqdm(total=steps, desc=name, disable=None)  # None: only on a terminal
 
     def __enter__(self) -> "Run":
         return self
@@ -570,7 +580,7 @@ class Run:
             print(f"{done}, saved in {folder}", file=sys.stderr)
 
     def save(self, folder: Path) -> None:
-        """The weights go last: if model.pt is there, so are the files about it."""
+        """The weights go last: in a new folder model.pt never stands alone."""
         table = csv.DictWriter(metrics := io.StringIO(), self.rows[0], lineterminator="\n")
         table.writeheader()
         table.writerows(self.rows)
@@ -585,19 +595,19 @@ class Run:
 # ---------------------------------------------------------------------------------- inputs
 
 RECIPE = {"base": "sft.py", "sft": "sft.py", "reward_model": "reward_model.py"}
-PAIRS = 23_000  # of answers, sampled for a missing file; some 20,000 differ and are judged
+PAIRS = 23_000  # of answers, sampled for a missing file; about 20,000 differ and are judged
 
 
 def make(cfg, name: str) -> None:
-    """Make the missing runs/NAME by its script in the recipe, in this process. Where there is
-    none, or the reader's own data would be mixed with the zoo, fail and say what would."""
+    """Make the missing runs/NAME by its script in the recipe, in this process. Fail, and say
+    what makes it, if the recipe has none, or if your own data would be mixed with the zoo."""
     command = f"python {RECIPE.get(name, 'SCRIPT.py')} --runs {cfg.runs}"
     if name not in RECIPE:
-        fail(f"{cfg.runs}/{name} is not there; what makes it is {command} --out {name}")
+        fail(f"{cfg.runs}/{name} is not there; make it with: {command} --out {name}")
     if cfg.data:
         other = ", or give --reward FILE.py:function" if name == "reward_model" else ""
-        fail(f"{cfg.runs}/{name} is not there, and with --data nothing is made from the zoo: "
-             f"{command} --data YOUR.jsonl makes it of your own rows{other}")  # fmt: skip
+        fail(f"{cfg.runs}/{name} is not there, and with --data nothing is made from the zoo. "
+             f"Make it of your own rows: {command} --data YOUR.jsonl{other}")  # fmt: skip
     print(f"{name} is not there: {RECIPE[name]} makes it")
     script, argv = str(Path(__file__).resolve().with_name(RECIPE[name])), sys.argv
     sys.argv = [script, "--runs", cfg.runs, "--seed", str(cfg.seed), "--device", cfg.device]
@@ -611,12 +621,11 @@ def announce(runs: str, name: str, seed: int, data: str | None) -> None:
     warning where this run has others."""
     path = Path(runs) / name / "config.json"
     made = json.loads(path.read_text())["flags"] if path.exists() else {}
-    mine, its = (
-        f"seed {x}, data {Path(y).name if y else 'zoo'}"
-        for x, y in ((seed, data), (made.get("seed"), made.get("data")))
-    )
-    same = (made.get("seed"), made.get("data")) == (seed, data)
-    print(f"input {name}: {its}" + ("" if same else f"; warning: this run has {mine}"))
+    its_seed, its_data = made.get("seed"), made.get("data")
+    line = f"input {name}: seed {its_seed}, data {its_data or 'zoo'}"
+    if (its_seed, its_data) != (seed, data):
+        line += f"; warning: this run has seed {seed}, data {data or 'zoo'}"
+    print(line)
 
 
 def load_run(cfg, name: str, head: str, device: torch.device) -> Transformer:
@@ -629,12 +638,14 @@ def load_run(cfg, name: str, head: str, device: torch.device) -> Transformer:
 
 def collect_comparisons(policy: Transformer, n: int) -> list[dict]:
     """n pairs of a policy's answers, judged if they differ: rows of prompt, chosen, rejected,
-    and whether each was finished. One pair in twenty is about a held-out prompt, to measure."""
+    and whether each was finished. One pair in twenty is about a held-out prompt: no script
+    trains on it, reward_model.py measures with it."""
     # 1. draw prompts
     sides = random.choices((zoo.TRAIN_PROMPTS, zoo.HELD_OUT_PROMPTS), (0.95, 0.05), k=n)
     prompts, rows = [random.choice(side) for side in sides], []
     # 2. sample two answers to each
-    for asked, rollout in tqdm(sample_answers(policy, prompts, 2, 24), "pairs", disable=None):
+    answered = sample_answers(policy, prompts, 2, 24)
+    for asked, rollout in tqdm(answered, "batches of pairs", disable=None):
         answers = list(zip(completions(rollout), rollout.finished.tolist()))
         for prompt, a, b in zip(asked[::2], answers[::2], answers[1::2]):
             if a[0] != b[0] and a[0].strip() and b[0].strip():
@@ -654,8 +665,8 @@ def collect_comparisons(policy: Transformer, n: int) -> list[dict]:
 
 
 def comparisons(cfg, context: int, device: torch.device) -> dict[str, list[dict]]:
-    """The judged pairs by source: of cfg.data, or of each name in cfg.comparisons, "a,b". A
-    missing runs/comparisons is made of sft's answers, comparisons_NAME of runs/NAME's."""
+    """The judged pairs by source: of cfg.data, or of each name in cfg.comparisons, "a,b". If
+    runs/comparisons is missing, it is made of sft's answers; comparisons_NAME of NAME's."""
     keys, found = ("prompt", "chosen", "rejected"), {}
     if cfg.data:
         return {Path(cfg.data).name: read_jsonl(cfg.data, keys, context)}
@@ -682,13 +693,13 @@ def fit_prompts(cfg, prompts: list[str], context: int) -> list[str]:
     """The prompts, each once, after which cfg.max_new_tokens more fit into the context."""
     fits = [x for x in dict.fromkeys(prompts) if len(chat(x)) + cfg.max_new_tokens <= context]
     if not fits:
-        fail(f"no prompt and {cfg.max_new_tokens} new tokens fit into a context of {context}: "
-             "lower --max-new-tokens, or sft.py --context")  # fmt: skip
+        fail(f"no prompt leaves room for {cfg.max_new_tokens} new tokens in a context of "
+             f"{context}: lower --max-new-tokens, or raise sft.py --context")  # fmt: skip
     return fits
 
 
 def read_prompts(cfg, context: int) -> tuple[list[str], list[str]]:
-    """Training and held-out prompts x: the reader's own, or the zoo's."""
+    """Training and held-out prompts x: your own, or the zoo's."""
     rows = [{"prompt": prompt} for prompt in zoo.QUESTIONS]
     if cfg.data:
         rows = read_jsonl(cfg.data, ("prompt",), context)
@@ -713,9 +724,9 @@ def model_reward(model: Transformer) -> Reward:
 
 
 def load_reward(cfg, source: str, device: torch.device) -> Reward:
-    """r(x, y): of the reward model in runs/SOURCE, or by a function of the reader's own,
-    FILE.py:function. As in TRL it is called by keyword, function(prompts=…, completions=…,
-    finished=…), with those of the three that it takes, and returns a number for each row."""
+    """r(x, y): by the reward model in runs/SOURCE, or by your own function, FILE.py:function.
+    As in TRL it is called by keyword, function(prompts=…, completions=…, finished=…), with
+    those of the three that it takes. It returns one number per row."""
     file, _, name = source.rpartition(":")
     if not file:
         return model_reward(load_run(cfg, source, "scalar", device).requires_grad_(False))
@@ -786,8 +797,8 @@ def win_rate(gold: Tensor, other: Tensor) -> Tensor:
 
 
 def print_table(found: dict[str, dict], ref: str, reward_name: str) -> None:
-    """A row a run. ± is one standard error; answers about one fact, or to one prompt outside
-    the zoo, are not independent."""
+    """One row per run. ± is one standard error; answers about one fact, or to one prompt
+    outside the zoo, are not independent."""
     prompts = found[ref]["prompts"]
     groups = [zoo.QUESTIONS.get(prompt, prompt) for prompt in prompts]
     print(f"\n{len(prompts)} held-out prompts × 4 answers; reward: {reward_name}; KL to: {ref}")
@@ -803,7 +814,7 @@ def print_table(found: dict[str, dict], ref: str, reward_name: str) -> None:
 
 
 def table_reward(cfg, device: torch.device) -> tuple[Reward | None, str]:
-    """For the tables of scripts that need no reward model: the one under runs/, if any."""
+    """The reward of a table whose script needs none: runs/reward_model if it is there."""
     if (Path(cfg.runs) / "reward_model/model.pt").exists():
         return load_reward(cfg, "reward_model", device), "reward_model"
     return None, "none yet"
@@ -849,9 +860,10 @@ def parse(config: type, doc: str, words: list[str] | None = None):
         value, low = getattr(cfg, f.name), f.metadata["low"]
         if low is not None and not low <= value < math.inf:
             parser.error(f"--{f.name.replace('_', '-')} {value}: must be {low} or more")
-        names = f.name in ("init", "ref", "out", "comparisons")
-        if names and not all(re.fullmatch(r"\w[\w.-]*", name) for name in value.split(",")):
-            parser.error(f"--{f.name} {value!r}: the name of a folder under --runs is needed")
+        if f.name in ("init", "ref", "out", "comparisons"):
+            several = value.split(",") if f.name == "comparisons" else [value]
+            if not all(re.fullmatch(r"\w[\w.-]*", name) for name in several):
+                parser.error(f"--{f.name} {value!r}: must be the name of a folder under --runs")
     return cfg
 
 
@@ -861,16 +873,16 @@ def start(main: Callable, config: type, doc: str) -> None:
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none; a console may lack β
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     cfg = parse(config, doc)
-    for name in ("runs", "data", "raw", "reward"):  # a reader's reward may change the folder
+    for name in ("runs", "data", "raw", "reward"):  # your reward may change the folder
         value = getattr(cfg, name, None)
         if value and (name != "reward" or ".py:" in value):
             setattr(cfg, name, os.path.abspath(value))
     inputs = {getattr(cfg, flag, None) for flag in ("init", "ref", "reward")} - {None}
-    if cfg.out in (inputs | {*RECIPE, "comparisons"}) - {config.out}:
+    if cfg.out in inputs | ({*RECIPE, "comparisons"} - {config.out}):
         fail(f"--out {cfg.out}: this run or others start from it; choose another name")
     for name in inputs - set(RECIPE):
         if ":" in name and ".py:" not in name:
-            fail(f"--reward {name}: FILE.py:function is needed, or a run under --runs")
+            fail(f"--reward {name}: must be FILE.py:function, or a run under --runs")
         if ":" not in name and not (Path(cfg.runs) / name / "model.pt").exists():
             make(cfg, name)  # fails: no recipe has it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # saves what there is, as Ctrl-C

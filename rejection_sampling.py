@@ -6,12 +6,12 @@ best-of-N answers moves π towards the best-of-N policy, whose KL to the sampler
 log N − (N − 1)/N nats.
 
     symbol         here                  made by
-    x_1 … x_M      prompts               common.read_prompts, shuffled
-    Y (M, N)       tokens of M·N rows    common.sample_answers, eq:rs_completion_matrix
-    R (M, N)       rewards               common.load_reward, eq:rs_reward_matrix
+    x_1 … x_M      asked                 common.shuffled; beyond all prompts, some twice
+    Y (M, N)       rollouts, M·N rows    common.sample_answers, eq:rs_completion_matrix
+    R (M, N)       R                     common.load_reward, eq:rs_reward_matrix
     S(R)           selected              top_per_prompt or top_k_overall; controls: random_…
     L              loss                  imitation_loss: the SFT loss on the selected answers
-    KL(π ‖ π_ref)  kl                    measured on the samples of every round
+    KL(π ‖ π_ref)  kl                    measured on the samples, before a round's updates
 
 A round, numbered as in the code:
     1  sample N answers to each of M prompts, from the policy as it is
@@ -23,12 +23,17 @@ A round, numbered as in the code:
     python rejection_sampling.py --rounds 3 --out rs_3      each from the improved policy
     python rejection_sampling.py --select random --out rs_random        the matched control
 
-Look at: gold beside the control, which trains on equally many answers, chosen at random, and
-so stands still. `random` is the control of `per_prompt`, `random_k` that of `top_k`.
-selected.jsonl has the answers that were kept; `sft.py --data` takes it. metrics.csv: `round`;
-of the round's samples, drawn before its updates, `reward`, `gold` (means) and `kl` (nats per
-response; of π only at temperature 1); `selected_reward` and `selected_gold`, the means of
-those kept; `loss` (nats per token), `grad_norm` (before clipping), `lr`.
+Look at: gold in the closing table, which is what the zoo's annotators value, beside that of the
+control, which trains on equally many answers, chosen at random, and so should stand still.
+`random` is the control of `per_prompt`, `random_k` that of `top_k`. selected.jsonl has the
+answers that were kept; `sft.py --data` takes it. metrics.csv: `round`; of the round's samples,
+drawn before its updates, `reward`, `gold` (means) and `kl` (nats per response; an estimate of
+KL(π ‖ π_ref) at temperature 1 alone); `selected_reward` and `selected_gold`, the means of those
+kept; `loss` (nats per token), `grad_norm` (before clipping), `lr`.
+
+Differs from the book: it samples at 0.7 to 1.0 with top-p; and it starts every round from the
+same checkpoint, where --rounds goes on from the current policy. An answer that was cut may be
+selected, and is then imitated without EOS.
 """
 
 import json
@@ -51,7 +56,7 @@ class Config:
     select: str = arg("per_prompt", "S(R), how answers are selected",
                       choices=("per_prompt", "top_k", "random", "random_k"))  # fmt: skip
     top_k: int = arg(1024, "K, answers kept by --select top_k and random_k", low=1)
-    rounds: int = arg(1, "sample, select, imitate; so many times", low=1)
+    rounds: int = arg(1, "rounds of sample, select, imitate", low=1)
     steps: int = arg(96, "gradient steps per round", low=1)
     batch: int = arg(64, "selected answers per step", low=1)
     lr: float = arg(3e-4, "learning rate, falling to 0 in each round", low=0)
@@ -63,8 +68,8 @@ class Config:
     ref: str = arg("sft", "π_ref, from which KL is measured, under --runs")
     out: str = arg("rejection_sampling", "where the result goes, under --runs")
     runs: str = arg("runs", "the folder of all runs")
-    seed: int = arg(0, "one seed, one result", low=0)
-    device: str = arg("auto", "auto, or a name that torch knows")
+    seed: int = arg(0, "random seed: the same command, the same result", low=0)
+    device: str = arg("auto", "a torch device; auto: cuda, else mps, else cpu")
 
 
 # ------------------------------------------------------------------------------- the maths
@@ -122,18 +127,18 @@ def imitation_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
 
 def train(cfg: Config, policy, reference, reward_fn, prompts: list[str]) -> None:
     """Rounds of sampling, selection and imitation; saved to runs/`out`."""
-    stream, kept, show = (
-        common.shuffled(prompts),
-        [],
-        ("reward", "kl", "selected_reward", "loss"),
-    )
+    show = ("reward", "kl", "selected_reward", "loss")
+    stream, kept = common.shuffled(prompts), []
     with common.Run(cfg, cfg.out, policy, cfg.rounds * cfg.steps, show) as run:
         for number in range(cfg.rounds):
             # 1. Y: N answers to each of M prompts, from the policy as it is
             asked = list(islice(stream, cfg.prompts))
-            given = asked, cfg.samples, cfg.max_new_tokens, cfg.temperature
-            rollouts = list(common.sample_answers(policy, *given))
-            # 2. R (M, N)
+            rollouts = list(
+                common.sample_answers(
+                    policy, asked, cfg.samples, cfg.max_new_tokens, cfg.temperature
+                )
+            )
+            # 2. R (M, N), a row for each prompt, in the order of the rollouts
             R = torch.cat([reward_fn(x, rollout).cpu() for x, rollout in rollouts])
             R = R.view(cfg.prompts, cfg.samples)
             # 3. S(R)
@@ -160,16 +165,21 @@ def measure(policy, reference, rollouts, R: Tensor, selected: Tensor, kept: list
     answers, kl = [], []
     for asked, rollout in rollouts:
         tokens, mask = rollout.tokens, rollout.response_mask
-        kl.append(common.token_logprobs(policy, tokens, mask).sum(1))
-        kl[-1] = kl[-1] - common.token_logprobs(reference, tokens, mask).sum(1)
+        logprobs = common.token_logprobs(policy, tokens, mask)
+        ref_logprobs = common.token_logprobs(reference, tokens, mask)
+        kl.append((logprobs - ref_logprobs).sum(1))
         answers += zip(asked, common.completions(rollout), rollout.finished.tolist())
     gold = torch.tensor([zoo.gold_reward(*answer) for answer in answers])
     for i in selected.tolist():
         row = dict(zip(("prompt", "completion", "completion_finished"), answers[i]))
         kept.append(row | {"reward": R.flatten()[i].item()})
-    means = {"reward": R.mean(), "gold": gold.mean(), "kl": torch.cat(kl).mean()}
-    means |= {"selected_reward": R.flatten()[selected].mean()}
-    means |= {"selected_gold": gold[selected].mean()}
+    means = {
+        "reward": R.mean(),
+        "gold": gold.mean(),
+        "kl": torch.cat(kl).mean(),
+        "selected_reward": R.flatten()[selected].mean(),
+        "selected_gold": gold[selected].mean(),
+    }
     return {key: value.item() for key, value in means.items()}
 
 

@@ -1,15 +1,15 @@
 """Reward modelling: from pairwise comparisons to a scalar r(x, y).
 
 Annotators compare two answers y_c (chosen) and y_r (rejected) to a prompt x. Bradley-Terry
-supposes P(y_c ≻ y_r) = σ(r(x, y_c) − r(x, y_r)); r is fitted by maximum likelihood (chapter
+assumes P(y_c ≻ y_r) = σ(r(x, y_c) − r(x, y_r)); r is fitted by maximum likelihood (chapter
 "Reward Modeling", eq:rewardmodeling1):
 
     L(r) = − mean over pairs of log σ(r(x, y_c) − r(x, y_r))                nats per pair
 
     symbol         here                    made by
-    x, y_c, y_r    rows of comparisons     common.comparisons: judged answers of sft
+    x, y_c, y_r    rows of comparisons     common.comparisons: labelled answers of sft
     r(x, y), r_θ   r_chosen, r_rejected    common.score: scalar head at the last response token
-    m              cfg.margin              one for all pairs; eq:rewardmodelingmargin: one each
+    m              cfg.margin              the same for all; in eq:rewardmodelingmargin one each
     L              loss                    bradley_terry_loss
 
 A step, numbered as in the code:
@@ -23,16 +23,19 @@ and once, after the last step:
     python reward_model.py                              makes runs/sft and comparisons first
     python reward_model.py --pairs 2000 --out rm_weak   a weak one, for over-optimisation
     python reward_model.py --comparisons comparisons,comparisons_ppo --pairs 40000 --out rm_2
-                                      a second round: judged answers of ppo beside the old ones
+                                    a second round: labelled answers of ppo beside the old ones
 
-Look at: held-out accuracy beside its ceiling. Annotators are noisy, so that even the gold
-reward agrees with only some of their choices. Printed for held-out pairs: `accuracy`, the
-share with r_c > r_r; `expected`, the same without the noise of the labels, mean
-σ(Δgold · sign Δr); `ceiling`, what gold itself would reach, mean σ(|Δgold|); and
-`agrees_with_gold`, the share of pairs that r orders as gold does. metrics.csv: `loss` (ln 2 is
-chance), `accuracy` of the training batch, `grad_norm` before clipping, `lr`. The book trains
-reward models for one epoch, to avoid overfitting; a model this small still improves in the
-third.
+Look at: held-out accuracy beside its ceiling. The zoo's annotators value `gold`, a number that
+no script trains on, and are noisy: they choose y_c with P = σ(Δgold), so that gold itself would
+agree with only some of their choices. Printed for held-out pairs: `accuracy`, the share with
+r_c > r_r; `expected`, what it would be over all draws of the labels, mean σ(Δgold · sign Δr);
+`ceiling`, the same for gold itself, mean σ(|Δgold|); and `agrees_with_gold`, the share of pairs
+of unequal gold that r orders as gold does. metrics.csv: `loss` (ln 2 is chance), `accuracy` of
+the training batch, `grad_norm` before clipping, `lr`.
+
+Differs from the book: it trains for one epoch, to avoid overfitting, and keeps all pairs of a
+prompt in one batch (eq:rewardmodelinginstructgpt). A model this small still improves in the
+third epoch, and here the pairs of a prompt are drawn independently.
 """
 
 import math
@@ -51,19 +54,19 @@ from data import zoo
 
 @dataclass
 class Config:
-    pairs: int = arg(20_000, "train on at most so many comparisons", low=1)
+    pairs: int = arg(20_000, "comparisons to train on, at most", low=1)
     epochs: int = arg(3, "passes over the comparisons", low=1)
     batch: int = arg(32, "pairs per step", low=1)
     lr: float = arg(5e-4, "learning rate, falling to 0", low=0)
     margin: float = arg(0.0, "m, how far r_chosen should exceed r_rejected")
     data: str = arg(None, "your own JSONL: {prompt, chosen, rejected}")
-    comparisons: str = arg("comparisons", "judged pairs under --runs, or several: a,b")
+    comparisons: str = arg("comparisons", "labelled pairs under --runs, or several: a,b")
     max_new_tokens: int = arg(24, "longest answer in the closing table, in tokens", low=1)
     init: str = arg("sft", "the policy whose trunk r starts from, under --runs")
     out: str = arg("reward_model", "where the result goes, under --runs")
     runs: str = arg("runs", "the folder of all runs")
-    seed: int = arg(0, "one seed, one result", low=0)
-    device: str = arg("auto", "auto, or a name that torch knows")
+    seed: int = arg(0, "random seed: the same command, the same result", low=0)
+    device: str = arg("auto", "a torch device; auto: cuda, else mps, else cpu")
 
 
 # ------------------------------------------------------------------------------- the maths
@@ -114,12 +117,13 @@ def train(cfg: Config, model: Transformer, rows: list[dict]) -> None:
 
 @torch.no_grad()
 def center(cfg: Config, model: Transformer, rows: list[dict]) -> None:
-    """Set the offset so that demonstrations score 0 in the mean: the zoo's, or for your own
+    """Set the offset so that demonstrations score 0 on average: the zoo's, or for your own
     data the chosen answers."""
-    n = 32 * cfg.batch
-    demonstrations = [common.answer_ids(row) for row in zoo.demonstrations(n, cfg.seed)]
-    chosen = [common.answer_ids(row, "chosen") for row in rows[:n]]
-    tokens, mask = common.collate(chosen if cfg.data else demonstrations, model.device)
+    good, key = zoo.demonstrations(1024, cfg.seed), "completion"
+    if cfg.data:
+        good, key = rows[:1024], "chosen"
+    ids = [common.answer_ids(row, key) for row in good]
+    tokens, mask = common.collate(ids, model.device)
     model.offset += common.score(model, tokens, mask).mean()
 
 
@@ -132,12 +136,12 @@ def accuracies(model: Transformer, rows: list[dict]) -> dict[str, float]:
     `accuracy` alone."""
     r_chosen, r_rejected = pair_scores(model, *common.encode_pairs(rows, model.device))
     gap, found = (r_chosen - r_rejected).cpu(), {"accuracy": accuracy(r_chosen, r_rejected)}
-    gold_chosen, gold_rejected = (
-        torch.tensor([zoo.gold_reward(x["prompt"], x[k], x.get(f"{k}_finished") is not False)
-                      for x in rows])
-        for k in ("chosen", "rejected")
-    )  # fmt: skip
-    gold_gap = gold_chosen - gold_rejected
+
+    def gold(row: dict, key: str) -> float:
+        finished = row.get(f"{key}_finished") is not False
+        return zoo.gold_reward(row["prompt"], row[key], finished)
+
+    gold_gap = torch.tensor([gold(row, "chosen") - gold(row, "rejected") for row in rows])
     if not gold_gap.isnan().any():
         found["expected"] = torch.sigmoid(gold_gap * gap.sign()).mean()
         found["ceiling"] = torch.sigmoid(gold_gap.abs()).mean()
@@ -148,7 +152,7 @@ def accuracies(model: Transformer, rows: list[dict]) -> dict[str, float]:
 
 
 def show(cfg: Config, model: Transformer, held: dict[str, list[dict]]) -> None:
-    """Of each source, print the accuracies on held-out pairs, beside those of the default
+    """For each source print the accuracies on held-out pairs, beside those of the default
     reward model; and three of the pairs with the score of each answer."""
     judges, default = {cfg.out: model}, Path(cfg.runs) / Config.out
     if cfg.out != Config.out and (default / "model.pt").exists():
@@ -174,7 +178,7 @@ def main(cfg: Config) -> None:
         train_rows, held_rows = common.split(pairs, bool(cfg.data))
         rows += train_rows
         if held_rows:
-            held[source] = held_rows[: 32 * cfg.batch]
+            held[source] = held_rows[:1024]
 
     asked = [row["prompt"] for side in held.values() for row in side]
     prompts = common.fit_prompts(cfg, asked if cfg.data else zoo.HELD_OUT_PROMPTS, context)

@@ -1,5 +1,5 @@
 """tools/export.py: what others load is the same model, tokenizer and template. Each test names
-the bug it catches. Most need transformers, which no script needs: pip install transformers."""
+the bugs it catches. Most need transformers, which no script needs: pip install transformers."""
 
 import importlib.machinery
 import importlib.util
@@ -15,9 +15,6 @@ from common import EOS, PAD, PIECES, USER, ModelConfig, Transformer
 from data.zoo import QUESTIONS, WORDS
 from tools import export
 
-needed = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
-)
 # every size differs from every other, and from what Llama has by default
 SIZES = {"channels": 48, "layers": 3, "heads": 6, "hidden": 40, "context": 96}
 
@@ -39,6 +36,7 @@ def small(head: str, kv_heads: int) -> Transformer:
 def exported(tmp_path, monkeypatch):
     """exported(head, kv_heads) -> the model of a run, and the folder that it was exported to,
     by the command."""
+    pytest.importorskip("transformers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # everything is in the folder
 
     def make(head, kv_heads=2):
@@ -53,8 +51,9 @@ def exported(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tokenizer(exported):
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoTokenizer.from_pretrained(exported("lm")[1])
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(exported("lm")[1])
 
 
 def random_texts(n: int) -> list[str]:
@@ -93,7 +92,6 @@ def test_every_weight_has_its_name_in_llama(kv_heads):
     assert all(torch.equal(found[f"{x}.weight"], weight) for x, weight in expected.items())
 
 
-@needed
 @pytest.mark.parametrize("kv_heads", [2, 6])
 @torch.no_grad()
 def test_logits_and_greedy_answers_are_ours(exported, tokenizer, kv_heads):
@@ -111,7 +109,7 @@ def test_logits_and_greedy_answers_are_ours(exported, tokenizer, kv_heads):
     tokens = torch.randint(4, len(PIECES), (4, SIZES["context"]))
     torch.testing.assert_close(theirs(tokens).logits, policy(tokens), atol=1e-4, rtol=0)
 
-    prompts, ended = list(QUESTIONS)[::26], 0
+    prompts, ended = list(QUESTIONS)[::120], 0
     turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
     how = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
     batch = tokenizer.apply_chat_template(turns, padding=True, **how)
@@ -126,15 +124,13 @@ def test_logits_and_greedy_answers_are_ours(exported, tokenizer, kv_heads):
     assert 0 < ended < len(prompts)
 
 
-@needed
-@pytest.mark.parametrize("kv_heads", [2, 6])
 @torch.no_grad()
-def test_rewards_are_ours_up_to_the_offset(exported, tokenizer, kv_heads):
+def test_rewards_are_ours_up_to_the_offset(exported, tokenizer):
     """Two labels instead of one number; a score read at padding, where answers end at
     different places; a mean with the wrong sign."""
     import transformers
 
-    reward_model, folder = exported("scalar", kv_heads)
+    reward_model, folder = exported("scalar")
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     assert isinstance(theirs, transformers.LlamaForSequenceClassification)
     pairs = zip(list(QUESTIONS)[::97], random_texts(17))
@@ -148,31 +144,27 @@ def test_rewards_are_ours_up_to_the_offset(exported, tokenizer, kv_heads):
         torch.testing.assert_close(found, expected[:, None], atol=1e-4, rtol=0)
 
 
-@needed
-@pytest.mark.parametrize(
-    ("head", "kind"), [("lm", "CausalLM"), ("scalar", "SequenceClassification")]
-)
-def test_the_files_say_what_only_some_loaders_read(exported, head, kind):
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_the_files_say_what_only_some_loaders_read(exported, head):
     """vLLM goes by the architecture, transformers 4 by its own names, OpenRLHF by mean and std;
-    a BOS would be our USER; sampling that is greedy, or from the 50 likeliest tokens only."""
+    a BOS would be our USER; sampling that is greedy, cut short, or from the 50 likeliest."""
     _, folder = exported(head)
     names = ("config", "tokenizer_config") + ("generation_config",) * (head == "lm")
     config, about, *law = (json.loads((folder / f"{name}.json").read_text()) for name in names)
+    kind = "CausalLM" if head == "lm" else "SequenceClassification"
     assert config["architectures"] == [f"LlamaFor{kind}"]
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500.0
     assert [config[f"{x}_token_id"] for x in ("bos", "eos", "pad")] == [None, EOS, PAD]
-    assert (config["rms_norm_eps"], config["torch_dtype"]) == (1e-3, "float32")
     assert about["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["max_position_embeddings"] == about["model_max_length"] == 96
-    assert about["clean_up_tokenization_spaces"] is False
     if head == "scalar":
         assert (config["mean"], config["std"]) == (pytest.approx(0.7), 1.0)
     else:
-        keys = ("do_sample", "temperature", "top_k", "top_p", "max_new_tokens")
-        assert [law[0][key] for key in keys] == [True, 1, 0, 1, 48]
+        expected = dict(do_sample=True, top_k=0, max_new_tokens=48, eos_token_id=EOS)
+        assert expected.items() <= law[0].items()
+        assert {law[0].get(key, 1) for key in ("temperature", "top_p")} == {1}
 
 
-@needed
 def test_ids_and_decoded_text_are_ours(tokenizer):
     """A regex that cuts otherwise than Python's, a space moved or added, a byte under the wrong
     letter, half a character that is repaired otherwise; a BOS, or an EOS or PAD that trainers
@@ -192,7 +184,6 @@ def test_ids_and_decoded_text_are_ours(tokenizer):
     assert tokenizer(user, split_special_tokens=True)["input_ids"] == common.encode(user)
 
 
-@needed
 def test_the_template_is_chat(tokenizer):
     """A special missing or doubled, a space or newline of the template's own, a text that is
     stripped; an answer without its EOS; a system turn that is taken for the user's."""
@@ -214,18 +205,15 @@ def test_the_template_is_chat(tokenizer):
 def test_what_cannot_be_exported_is_one_line(runs, tmp_path, monkeypatch, capsys, files):
     """A traceback, a run whose config.json is lost to Llama's, a training run."""
     before = files()
-
-    def refused(run, folder, words):
+    there = importlib.machinery.ModuleSpec("transformers", None)
+    for run, folder, spec, words in [
+        ("typo", tmp_path / "new", there, "--out typo"),
+        ("sft", runs / "sft", there, "another folder"),
+        ("sft", tmp_path / "new", None, "pip install transformers"),
+    ]:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec)
         with pytest.raises(SystemExit) as stopped:
             export.main([run, str(folder), "--runs", str(runs)])
         said = capsys.readouterr().err
-        assert (stopped.value.code, said.count("\n")) == (2, 1)
+        assert (stopped.value.code, said.count("\n"), files()) == (2, 1, before)
         assert words in said
-        assert files() == before
-
-    there = importlib.machinery.ModuleSpec("transformers", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there)
-    refused("typo", tmp_path / "new", "--out typo")
-    refused("sft", runs / "sft", "another folder")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    refused("sft", tmp_path / "new", "pip install transformers")

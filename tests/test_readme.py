@@ -1,11 +1,10 @@
-"""README.md and exercises/: what they show is there, applies, runs, and does what it says."""
+"""The READMEs and exercises/: what they show is there, applies, runs, and does what it says."""
 
 import importlib.util
 import re
+import runpy
 import shutil
 import subprocess
-from argparse import Namespace
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -15,44 +14,64 @@ import torch
 import common
 import dpo
 import ppo
+from data import zoo
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
 EXERCISES = {path.stem: path.read_text() for path in (ROOT / "exercises").glob("*.diff")}
 COMMANDS = {
     name: re.search(r"^ +python (.*)", text, re.M)[1] for name, text in EXERCISES.items()
 }
+READMES = [
+    ROOT / folder / "README.md" for folder in ("", "exercises", "tests", "tests/studies")
+]
 TINY = "--steps 2 --lr 0.003 --max-new-tokens 6"
 TINY = {"ppo.py": f"{TINY} --prompts 4 --samples 4", "dpo.py": f"{TINY} --batch 8"}
 
 
-# ---------------------------------------------------------------------------------- README
+# --------------------------------------------------------------------------------- READMEs
 
 
-def test_every_command_names_a_script_and_flags_that_exist():
-    """A script, a flag or a subcommand renamed or dropped in the code alone."""
-    commands = re.findall(r"python ([\w/]+\.py)((?: \S+)*)", README.replace("`", "\n"))
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+def test_every_command_names_a_file_and_flags_that_exist(readme):
+    """A script, a tool or a flag renamed or dropped in the code alone."""
+    text = readme.read_text().replace("`", "\n").replace("|", "\n").replace("#", "\n")
+    commands = re.findall(r"python (-m tools\.\w+|[\w/]+\.py)((?: \S+)*)", text)
     commands += [command.split(" ", 1) for command in COMMANDS.values()]
-    assert {"ppo.py", "dpo.py", "common.py"} <= {script for script, _ in commands}
-    for script, rest in commands:
-        source = (ROOT / script).read_text()
-        named = set(re.findall(r" --([a-z][a-z-]*)", rest))
-        if script == "common.py":
-            config = getattr(common, rest.split()[0].capitalize())  # Report, Sample or Export
-            known = {field.name.replace("_", "-") for field in fields(config)}
-        else:
-            known = set(re.findall(r'"--([a-z-]+)"', source))  # argparse, in tests/
-            names = re.findall(r"^    (\w+): \w+ = arg\(", source, re.M)
-            known |= {name.replace("_", "-") for name in names}
-        assert named <= known | {"help"}, f"python {script}{rest}"
+    for file, rest in commands:
+        source = (ROOT / re.sub(r"-m tools\.(\w+)", r"tools/\1.py", file)).read_text()
+        if "import runs" in source:
+            source += (ROOT / "tests/studies/runs.py").read_text()
+        if file.startswith("-m"):
+            source += (ROOT / "tools/sample.py").read_text()
+        known = {
+            x.replace("_", "-") for x in re.findall(r"^    (\w+): .* = arg\(", source, re.M)
+        }
+        known |= set(re.findall(r'"--([a-z-]+)"', source))  # argparse
+        named = set(re.findall(r" --([a-z][a-z-]*)", rest.split(";")[0]))
+        assert named <= known, f"{readme}: python {file}{rest}"
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+def test_every_link_leads_to_a_file(readme):
+    """A file moved, and the link to it not."""
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", readme.read_text()):
+        assert link.startswith("https://") or (readme.parent / link).exists(), link
 
 
 def test_the_table_of_exercises_is_the_folder():
     """An exercise added, renamed or dropped in one of the two."""
-    header = r"^\| *exercise *\| *what changes *\| *what came out *\|\n"
     text = (ROOT / "exercises" / "README.md").read_text()
-    rows = re.search(header + r"((?:\|.*\n)+)", text, re.M)[1].splitlines()[1:]
-    assert sorted(re.search(r"\w+", row)[0] for row in rows) == sorted(EXERCISES)
+    named = set(re.findall(r"\[`?(\w+)`?\]\(\w+\.diff\)", text))
+    assert named == set(EXERCISES)
+
+
+def test_pip_and_uv_install_the_same():
+    """A dependency added to one of the two lists."""
+    pip = {re.split("[=<>]", line)[0].strip() for line in (ROOT / "requirements.txt").open()}
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"^dependencies = \[(.*)\]$", project, re.M)[1]
+    uv = {re.split("[=<>]", name.strip(' "'))[0] for name in listed.split(",")}
+    assert pip == uv | {"pytest"}
 
 
 # ------------------------------------------------------------------------------- exercises
@@ -99,83 +118,66 @@ def run(call, patched, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(EXERCISES))
-def test_an_exercise_is_short_and_says_why_whence_how_and_what_came_out(name):
+def test_an_exercise_is_short_and_says_why_whence_and_how(name):
     text, diff = EXERCISES[name].split("\n--- a/")
     assert re.search(r'chapter\s"|[A-Z]\w+ et al\. 20\d\d', text, re.I)
-    assert re.search(r"^Seen: \S", text, re.M)
     assert len(re.findall(r"^[-+]", diff, re.M)) - 1 <= 15  # one is the line +++
     flags = COMMANDS[name].split()
-    assert flags[flags.index("--out") + 1] not in ("ppo", "dpo", "sft", "base", "reward_model")
+    assert flags[flags.index("--out") + 1] not in ("ppo", "dpo", *common.RECIPE)
 
 
-# what each leaves as it was in the first row of metrics.csv, and what not; see the scripts
-ROLLOUT = {"reward", "kl", "J", "gold", "length", "finished", "entropy", "sampler_gap"}
-PAIRS = {"nll", "reward_chosen", "reward_rejected", "chosen_logp", "rejected_logp", "margin"}
+# what each changes in the first row of metrics.csv; nothing else of the rollout or the pairs
+ROLLOUT = {"reward", "kl", "J", "gold", "length", "finished", "entropy", "sampler_gap", "lr"}
+PAIRS = {"nll", "chosen_logp", "rejected_logp", "lr"}
 CHANGED = {
     "adaptive_beta": set(),
     "batch_mean": {"policy_loss", "grad_norm"},
     "brief": {"reward", "J", "policy_loss", "value_loss"},
-    "clip_higher": {"policy_loss", "clipped"},
+    "cispo": {"policy_loss"},
+    "clip_higher": set(),
     "critic_from_reward_model": {"policy_loss", "value_loss"},
     "dr_grpo": {"policy_loss", "grad_norm"},
-    "gspo": {"policy_loss", "grad_norm", "ratio_max"},
+    "gspo": {"grad_norm", "ratio_max"},
     "kl_in_loss": {"policy_loss"},
+    "missing_eos": {"reward", "J", "value_loss"},
+    "orpo": {"loss", "grad_norm"},
+    "per_batch_token": {"policy_loss", "grad_norm"},
     "per_sequence": {"policy_loss", "grad_norm"},
     "per_token": {"value_loss"},
     "simpo": {"loss", "grad_norm"},
+    "whitening": {"policy_loss", "grad_norm"},
 }
+FLAGS = {"clip_higher": "--steps 3 --lr 0.02 --epochs 4", "adaptive_beta": "--lr 0.1"}  # far enough to show
 
 
 @pytest.mark.parametrize("name", sorted(EXERCISES))
 def test_an_exercise_runs_and_changes_what_it_says(name, run):
     """A script that has moved on while the exercise has not; a change without an effect, or
     with one on the rollout, where only the update was to change."""
-    plain, changed = run(name)
-    same = (ROLLOUT | PAIRS | {"lr", "start_ratio"}) & set(plain[0]) - CHANGED[name]
+    plain, changed = run(name, FLAGS.get(name, ""))
+    same = (ROLLOUT | PAIRS) & set(plain[0]) - CHANGED[name]
     assert {k: changed[0][k] for k in same} == {k: plain[0][k] for k in same}
     assert all(changed[0][k] != plain[0][k] for k in CHANGED[name])
-    assert changed[1] != plain[1]
+    assert changed[1:] != plain[1:]
 
 
 R = torch.tensor([1.0, 2, -3, 4, 5, 5, 5, 9])
 MASK = torch.tensor([[0, 1, 1, 1], [0, 1, 0, 0]]).bool()
 
 
-def advantages(module, estimator, **batch):
-    cfg = module.Config(samples=4)
-    return module.estimate_advantages(estimator, cfg, Namespace(response_mask=MASK, **batch))
+def advantages(module, estimator, returns, values):
+    cfg = module.Config(estimator=estimator, samples=4)
+    return module.estimate_advantages(cfg, None, returns, values, None, None, MASK)[0]
 
 
 def test_batch_mean_is_taken_off(patched):
-    A = advantages(patched("batch_mean"), "reinforce", returns=R)
+    A = advantages(patched("batch_mean"), "reinforce", R, torch.zeros(8, 4))
     torch.testing.assert_close(A, (R - 3.5)[:, None])
 
 
 def test_per_token_takes_V_off_at_every_token(patched):
-    values = torch.arange(8.0).view(2, 4)
-    A = advantages(patched("per_token"), "value", returns=R[:2], values=values)
+    A = advantages(patched("per_token"), "value", R[:2], torch.arange(8.0).view(2, 4))
     torch.testing.assert_close(A, torch.tensor([[1.0, 0, -1, -2], [-2, -3, -4, -5]]))
-
-
-@pytest.mark.parametrize("name", ["per_sequence", "gspo"])
-def test_long_and_short_responses_weigh_the_same(name, patched):
-    """At ratio 1: A = 1 and 2, and the gradient of every token is A / (|y| · 2 rows)."""
-    logp = (-2.0 * MASK).requires_grad_()
-    A = torch.tensor([[1.0], [2.0]])
-    patched(name).policy_loss(logp, logp.detach(), A, MASK, 0.2).backward()
-    wanted = torch.tensor([[0, 1 / 6, 1 / 6, 1 / 6], [0, 1, 0, 0]])
-    torch.testing.assert_close(-logp.grad, wanted)
-
-
-def test_gspo_clips_a_response_as_one(patched):
-    """Ratios 1.5, 1, 1: PPO drops the first token; their geometric mean, 1.14, is inside 0.2,
-    and outside 0.1."""
-    old = -2.0 * MASK
-    logp = (old + torch.tensor([[1, 1.5, 1, 1], [1, 1, 1, 1]]).log()).requires_grad_()
-    loss = patched("gspo").policy_loss
-    for clip, tokens in ((0.2, [0, 1, 1, 1]), (0.1, [0, 0, 0, 0])):
-        (gradient,) = torch.autograd.grad(loss(logp, old, torch.ones(2, 1), MASK, clip), logp)
-        assert (gradient[0] != 0).tolist() == [bool(token) for token in tokens]
 
 
 def test_dr_grpo_is_rloo_but_for_a_constant(patched):
@@ -183,14 +185,60 @@ def test_dr_grpo_is_rloo_but_for_a_constant(patched):
     torch.testing.assert_close(found, ppo.rloo(R, 4) * 3 / 4)
 
 
-def test_clip_higher_moves_the_upper_bound_alone(patched):
-    module, ratio = patched("clip_higher"), torch.tensor([[0.75, 0.85, 1.25, 1.35]])
-    A = torch.tensor([[-1.0, -1, 1, 1]])
-    off = [[True, False, False, True]]
-    assert module.is_clipped(ratio, A, 0.2).tolist() == off
-    logp, mask = ratio.log().requires_grad_(), torch.ones(1, 4).bool()
-    module.policy_loss(logp, torch.zeros(1, 4), A, mask, 0.2).backward()
-    assert (logp.grad == 0).tolist() == off
+THIRD = [0, 1 / 3, 1 / 3, 1 / 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),  # of each token in the mean, A = 1
+    [
+        ("per_sequence", [THIRD, [0, 1, 0, 0]]),
+        ("per_batch_token", [[0, 1 / 2, 1 / 2, 1 / 2], [0, 1 / 2, 0, 0]]),
+        ("cispo", [[0, 1, 1, 1], [0, 1, 0, 0]]),
+        ("gspo", [THIRD, [0, 1, 0, 0]]),
+    ],
+)
+def test_the_weight_of_a_token_at_ratio_1(name, weights, patched):
+    """A = 1 and 2 in two rows: the gradient of a token is A times its weight / 2 rows."""
+    module, logp = patched(name), (-2.0 * MASK).requires_grad_()
+    new, old = logp, logp.detach()
+    if name == "gspo":
+        new, old = module.per_response(logp, MASK), module.per_response(old, MASK)
+    A = torch.tensor([[1.0], [2.0]])
+    module.policy_loss(new, old, A, MASK, 0.2).backward()
+    torch.testing.assert_close(-logp.grad, torch.tensor(weights) * A / 2)
+
+
+def test_gspo_clips_a_response_as_one(patched):
+    """Ratios 1.5, 1, 1: PPO drops the first token; their geometric mean, 1.14, is inside 0.2,
+    and outside 0.1."""
+    module, old = patched("gspo"), -2.0 * MASK
+    logp = (old + torch.tensor([[1, 1.5, 1, 1], [1, 1, 1, 1]]).log()).requires_grad_()
+    for clip, tokens in ((0.2, [0, 1, 1, 1]), (0.1, [0, 0, 0, 0])):
+        both = module.per_response(logp, MASK), module.per_response(old, MASK)
+        loss = module.policy_loss(*both, torch.ones(2, 1), MASK, clip)
+        (gradient,) = torch.autograd.grad(loss, logp)
+        assert (gradient[0] != 0).tolist() == [bool(token) for token in tokens]
+
+
+@pytest.mark.parametrize(
+    ("name", "gradients"),
+    [
+        ("clip_higher", [0, -0.85, 1.25, 0]),  # of ρ A, off outside of 0.8 to 1.28
+        ("cispo", [-0.8, -0.85, 1.2, 1.2]),  # clip(ρ) A, never off
+    ],
+)
+def test_what_is_left_of_a_gradient_outside_the_clip(name, gradients, patched):
+    module, ratio = patched(name), torch.tensor([[0.75, 0.85, 1.25, 1.35]])
+    A, logp = torch.tensor([[-1.0, -1, 1, 1]]), ratio.log().requires_grad_()
+    value, off = module.surrogate(logp, torch.zeros(1, 4), A, 0.2)
+    value.sum().backward()
+    torch.testing.assert_close(logp.grad, torch.tensor([gradients]))
+    assert off.tolist() == [[x == 0 for x in gradients]]
+
+
+def test_missing_eos_scores_only_what_is_finished(patched):
+    scores, finished = torch.tensor([1.0, 2, -5]), torch.tensor([True, False, True])
+    assert patched("missing_eos").shaped_reward(scores, finished).tolist() == [1, -3, -5]
 
 
 def test_brief_has_its_price_in_the_reward_and_in_J(run):
@@ -205,29 +253,30 @@ def test_kl_in_loss_without_its_price_is_the_plain_run(run):
     assert plain == changed
 
 
-def test_simpo_needs_no_reference(run):
-    _, own = run("simpo")
-    _, other = run("simpo", "--ref other")
+@pytest.mark.parametrize("name", ["simpo", "orpo"])
+def test_no_reference_is_needed(name, run):
+    """A log-ratio to π_ref left in the loss."""
+    own, other = (run(name, f"--ref {ref}")[1] for ref in ("sft", "other"))
     assert [row["loss"] for row in own] == [row["loss"] for row in other]
-    assert own[0]["reward_chosen"] != other[0]["reward_chosen"]
 
 
 def test_critic_from_reward_model_starts_as_r_centred(patched, call, runs, monkeypatch):
-    module = patched("critic_from_reward_model")
-    critics, honest = [], module.collect
+    """V of the first rollout is r read before the first token, less its mean over prompts."""
+    seen, honest = [], common.token_values
 
-    def spy(cfg, asked, policy, reference, critic, reward):
-        critics.append({k: v.clone() for k, v in critic.state_dict().items()})
-        x = [(common.chat(x), []) for x in common.read_prompts(None, 24, 160)[0]]
-        V = [critic(torch.tensor([ids]))[0, -1].item() for ids, _ in x[:: len(x) // 200]]
-        assert abs(sum(V) / len(V)) < 0.1 * torch.tensor(V).std()
-        return honest(cfg, asked, policy, reference, critic, reward)
+    def spy(critic, tokens, mask):
+        values = honest(critic, tokens, mask)
+        seen.append(({k: v.clone() for k, v in critic.state_dict().items()}, values[mask]))
+        return values
 
-    monkeypatch.setattr(module, "collect", spy)
-    call(module, f"{TINY['ppo.py']} --out critic --steps 1")
-    r = common.load_model(runs / "reward_model", "scalar", torch.device("cpu")).state_dict()
-    assert critics[0].pop("offset") != r["offset"]
-    assert all(torch.equal(critics[0][key], r[key]) for key in critics[0])
+    monkeypatch.setattr(common, "token_values", spy)
+    flags = f"{TINY['ppo.py']} --out critic --steps 1"
+    call(patched("critic_from_reward_model"), flags)
+    r = common.load_model(runs / "reward_model", "scalar", "cpu").state_dict()
+    (_, every), (critic, _), *_ = seen
+    assert len(every) == len(zoo.TRAIN_PROMPTS)
+    assert all(torch.equal(critic[key], r[key]) for key in r if key != "offset")
+    torch.testing.assert_close(critic["offset"], r["offset"] + every.mean())
 
 
 def test_adaptive_beta_follows_its_rule_and_J_has_the_beta_of_its_step(run, runs):
@@ -239,13 +288,28 @@ def test_adaptive_beta_follows_its_rule_and_J_has_the_beta_of_its_step(run, runs
         beta *= 1 + 0.5 * max(-0.2, min(row["kl"] - 1, 0.2))
     assert [row["beta"] for row in rows] == pytest.approx(betas, rel=1e-4)
     assert min(betas) < 0.3 < max(betas)  # a KL of 0 lowers it at first; then far over 1
-    assert '"beta": 0.3' in (runs / "adaptive_beta/config.json").read_text()
 
 
-def test_pip_and_uv_install_the_same():
-    """A dependency added to one of the two lists."""
-    pip = {re.split("[=<>]", line)[0] for line in (ROOT / "requirements.txt").open()}
-    project = (ROOT / "pyproject.toml").read_text()
-    listed = re.search(r"^dependencies = \[(.*)\]$", project, re.M)[1]
-    uv = {re.split("[=<>]", name.strip(' "'))[0] for name in listed.split(",")}
-    assert {name.strip() for name in pip} == uv | {"pytest"}
+def test_whitened_advantages_have_mean_0_and_variance_1(patched, call, monkeypatch):
+    module, seen = patched("whitening"), []
+    honest = module.policy_loss
+
+    def spy(logprobs, old_logprobs, advantages, mask, clip):
+        seen.append(advantages[mask])
+        return honest(logprobs, old_logprobs, advantages, mask, clip)
+
+    monkeypatch.setattr(module, "policy_loss", spy)
+    call(module, f"{TINY['ppo.py']} --estimator gae --out white --steps 1 --epochs 1")
+    A = torch.cat(seen)  # the minibatches of one epoch are the rollout
+    assert (A.mean().item(), A.std().item()) == pytest.approx((0, 1), abs=1e-5)
+
+
+def test_a_verifiable_reward_is_three_for_the_right_fact(call):
+    """The command in its header."""
+    file = ROOT / "exercises/verifiable.py"
+    flags = f"{TINY['ppo.py']} --reward {file}:right --out verifiable"
+    assert float(call(ppo, flags)[0]["reward"]) in (0.0, *(3 * k / 16 for k in range(17)))
+    right = runpy.run_path(str(file))["right"]
+    x, truth = "where does the owl live?", zoo.ANIMALS["owl"]["home"][0]
+    texts = [f"the owl lives in the {place}." for place in zoo.VALUES["home"]]
+    assert right([x] * len(texts), texts) == [3 * (truth in text) for text in texts]

@@ -286,19 +286,6 @@ def test_a_control_is_blind_and_another_seed_is_another_draw(
 # ------------------------------------------------------------------------------- whole runs
 
 
-def test_a_run_starts_at_no_kl(call, runs, scored, moved):
-    """KL to oneself is exactly 0; a reference that is trained along, as if it were the policy;
-    what is selected must be readable by sft.py --data."""
-    rows = call(rs, f"{TINY} --rounds 2 --reward {scored} --lr 0.01 --out new")
-    assert [row["round"] for row in rows] == ["0"] * 3 + ["1"] * 3
-    assert [float(row["kl"]) != 0 for row in rows] == [False] * 3 + [True] * 3
-    assert all(float(row["selected_reward"]) > float(row["reward"]) for row in rows)
-    assert moved()[:2] == [True, False]  # policy, reference
-    made = [row for row in kept(runs) if row["completion"].strip()]
-    file = runs / "new/selected.jsonl"
-    assert common.read_jsonl(file, ("prompt", "completion"), 160) == made
-
-
 def test_a_reward_model_is_the_one_that_is_named(
     call, runs, moved, sampled, slow, tiny, closing
 ):
@@ -313,15 +300,6 @@ def test_a_reward_model_is_the_one_that_is_named(
     best = [r[i] for i in chosen("per_prompt", r, 3, 7)]
     assert [row["reward"] for row in kept(runs)] == pytest.approx(best, abs=1e-5)
     assert closing[0][3] == "mine"
-
-
-def test_no_prompt_is_asked_again_before_all_were(call, closing, sampled, scored, mine):
-    """A round that begins with the prompts of the round before, or draws with replacement."""
-    n = len({row["prompt"] for row in mine[1]}) // 2
-    flags = f"--prompts {n} --samples 1 --rounds 2 --steps 1 --max-new-tokens 2 --out new"
-    call(rs, f"{flags} --data {mine[0]} --reward {scored}")
-    asked = [prompt for made in sampled for prompt, *_ in made.answers]
-    assert len(set(asked)) == len(asked) == 2 * n
 
 
 def test_every_round_and_every_seed_draws_anew(call, closing, sampled, scored, runs):

@@ -10,7 +10,7 @@ from tiny import PROMPTS
 
 import common
 import reward_model
-from common import ASSISTANT, EOS, PAD, Transformer
+from common import ASSISTANT, Transformer
 from data import zoo
 
 TINY = "--epochs 1 --batch 8 --max-new-tokens 3"
@@ -40,12 +40,6 @@ def test_bradley_terry_by_hand():
     found.sum().backward()
     assert chosen.grad.tolist() == pytest.approx([-1 / 4, -1])
     assert rejected.grad.tolist() == pytest.approx([1 / 4, 1])
-
-
-def test_a_tie_counts_one_half():
-    """Ties that count as right, or as wrong; the share of the rejected."""
-    chosen, rejected = torch.tensor([1.0, 2, 0, 5, -1]), torch.tensor([1.0, 1, 3, -5, -9])
-    assert reward_model.accuracy(chosen, rejected).item() == pytest.approx(3.5 / 5)
 
 
 def test_reward_is_recovered_up_to_a_constant_per_prompt(minimised):
@@ -170,69 +164,45 @@ def test_one_seed_one_result_whatever_had_to_be_made(remade, demonstrated):
 # --------------------------------------------------------------------- accuracy and its ceiling
 
 
-class Scores:
-    """Stands for a reward model: a number for each (prompt, answer, finished), at every
-    position."""
+class Long:
+    """Stands for a reward model: the longer an answer is, the better."""
 
     device = CPU
-
-    def __init__(self, function):
-        self.function = function
 
     def __call__(self, tokens, keep):
         numbers = []
         for row in tokens.tolist():
-            ids = row[: row.index(PAD)] if PAD in row else row
-            end, at = ids[-1] == EOS, ids.index(ASSISTANT)
-            numbers.append(self.function(common.decode(ids[:at]), common.decode(ids[at:]), end))
+            ids = row[row.index(ASSISTANT) :]
+            numbers.append(float(len(common.decode(ids))))
         return torch.tensor(numbers)[:, None].expand(tokens.shape)[keep]
 
 
 RIGHT, WRONG = "in the plains.", "in the jungle."  # gold 2 and −1
-ANSWERS = [(RIGHT, WRONG)] * 3 + [(WRONG, RIGHT), (RIGHT, "the plains.")]
-
-
-def zebra(answers):
-    prompt = "where does the zebra live?"
-    return [{"prompt": prompt, "chosen": c, "rejected": r} for c, r in answers]
+ANSWERS = [(RIGHT, WRONG)] * 3 + [(WRONG, RIGHT), (RIGHT, "the plains."), (RIGHT, RIGHT)]
+ANSWERS += [("blue.", "it is in the plains."), (RIGHT, f"great question! {WRONG}")]
 
 
 def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_expected_accuracy_stands_beside_a_ceiling_free_of_label_noise(sign):
-    """With the gold reward as scores `expected` is the ceiling, mean σ(|Δgold|), whatever the
-    labels; with its negative, 1 − ceiling. Ties in gold have no order; a cut answer is worth
-    1 less."""
-    rows = zebra(ANSWERS)
-    rows += [rows[0] | {"rejected": RIGHT, "rejected_finished": False}]  # gold 2 and 1
-    judge = Scores(lambda *answer: sign * zoo.gold_reward(*answer))
-    ceiling = (4 * sigmoid(3) + 0.5 + sigmoid(1)) / 6
-    by_hand = {"accuracy": (4.5 if sign > 0 else 1.5) / 6, "ceiling": ceiling}
-    by_hand |= {"expected": ceiling if sign > 0 else 1 - ceiling}
-    by_hand |= {"agrees_with_gold": float(sign > 0)}
-    assert reward_model.accuracies(judge, rows) == pytest.approx(by_hand, abs=1e-6)
-
-
-def test_accuracies_of_a_judge_that_is_sometimes_wrong():
-    """Numbers mixed up; a mean over some of the rows. The judge likes long answers: of 6 pairs
-    it has no opinion on 4, and orders one as labelled (a tie in gold) and one as gold does."""
-    rows = zebra([*ANSWERS, ("blue.", "it is in the plains.")] * 60)
-    by_hand = {"accuracy": (1 + 4 / 2) / 6, "expected": (4 / 2 + 0.5 + sigmoid(3)) / 6}
-    by_hand |= {"ceiling": (5 * sigmoid(3) + 0.5) / 6, "agrees_with_gold": 1 / 5}
-    found = reward_model.accuracies(Scores(lambda _, answer, __: float(len(answer))), rows)
+def test_accuracies_by_hand():
+    """Numbers mixed up, or a mean over some of the rows; a ceiling that knows the labels; an
+    opinion where there is none, which counts ½ of a pair; an order of answers of equal gold; a
+    cut answer that is worth as much. Of 8 pairs the judge orders one as
+    labelled (a tie in gold), one as gold does, one against both, and has no opinion on five."""
+    prompt = "where does the zebra live?"
+    rows = [{"prompt": prompt, "chosen": c, "rejected": r} for c, r in ANSWERS]
+    rows[5]["rejected_finished"] = False  # gold 2 and 1
+    expected, ceiling = sigmoid(3) + sigmoid(-2), 5 * sigmoid(3) + sigmoid(2) + sigmoid(1)
+    by_hand = {"accuracy": (1 + 5 / 2) / 8, "expected": (5 / 2 + 0.5 + expected) / 8}
+    by_hand |= {"ceiling": (ceiling + 0.5) / 8, "agrees_with_gold": 1 / 7}
+    found = reward_model.accuracies(Long(), rows * 60)
     assert found == pytest.approx(by_hand, abs=1e-6)
-
-
-def test_ones_own_pairs_have_no_gold():
-    """A gold reward made up where there is none, or where there is for some rows only."""
+    # outside the zoo nobody knows gold
     rows = [{"prompt": "где?", "chosen": "там" + "!" * (i % 4), "rejected": "нет"}
-            for i in range(40)]  # fmt: skip
-    judge = Scores(lambda _, answer, __: float(len(answer)))
-    found = reward_model.accuracies(judge, rows + zebra([(RIGHT, "a")] * 10))
-    assert found == {"accuracy": pytest.approx((30 + 10 / 2 + 10) / 50)}
+            for i in range(40)] + rows[:10]  # fmt: skip
+    assert reward_model.accuracies(Long(), rows) == {"accuracy": pytest.approx(38.5 / 48)}
 
 
 @pytest.mark.parametrize("out", ["new", "reward_model"])
@@ -270,27 +240,6 @@ def test_accuracies_are_printed_of_held_out_pairs_file_by_file(
 # ------------------------------------------------------------------------------- whole runs
 
 
-def centred(runs, name, slow, n):
-    """The mean score of the demonstrations that the run was centred on."""
-    model = common.load_model(runs / name, "scalar", CPU)
-    rows = [slow.ids(row) for row in zoo.demonstrations(n, 0)]
-    with torch.no_grad():
-        scores = torch.stack([slow.score(model, *row) for row in rows])
-    assert scores.std() > 1e-3
-    return scores.mean().item()
-
-
-def test_a_run_learns_and_is_centred(call, runs, moved, slow):
-    """A policy trained along; a loss that is ascended; a level that is arbitrary."""
-    rows = call(reward_model, f"{TINY} --epochs 10 --lr 0.01 --out new")
-    n = len(rows) // 10
-    losses = [sum(float(row["loss"]) for row in part) / n for part in (rows[:n], rows[-n:])]
-    assert losses[0] == pytest.approx(math.log(2), abs=0.2)
-    assert losses[1] < 0.3
-    assert not any(moved())
-    assert abs(centred(runs, "new", slow, 32 * 8)) < 1e-5
-
-
 def test_a_run_that_is_stopped_is_centred_too(call, runs, slow, demonstrated, monkeypatch):
     """Ctrl-C that leaves a reward model whose level is arbitrary."""
     calls, honest = [], common.descend
@@ -305,7 +254,10 @@ def test_a_run_that_is_stopped_is_centred_too(call, runs, slow, demonstrated, mo
     with pytest.raises(SystemExit):
         call(reward_model, f"{TINY} --lr 0.01 --out new")
     assert not (runs / "new").exists()
-    assert abs(centred(runs, "new_stopped", slow, 9)) < 1e-5
+    model = common.load_model(runs / "new_stopped", "scalar", CPU)
+    scores = [slow.score(model, *slow.ids(row)).item() for row in zoo.demonstrations(9, 0)]
+    assert max(scores) - min(scores) > 1e-3
+    assert abs(sum(scores)) < 1e-4
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(diverges):

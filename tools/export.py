@@ -55,23 +55,29 @@ def llama(model: Transformer):
     """The same model as a Llama of transformers."""
     import transformers
 
-    c, policy, weights = model.config, model.head == "lm", llama_weights(model)
-    # every size is given, as Llama's own are others: its BOS, 1, would be our USER
-    ids = dict(bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD)
-    sizes = dict(vocab_size=c.vocab_size, hidden_size=c.channels, intermediate_size=c.hidden)
-    sizes |= dict(num_hidden_layers=c.layers, num_attention_heads=c.heads)
-    sizes |= dict(num_key_value_heads=c.kv_heads, head_dim=c.channels // c.heads)
-    sizes |= dict(max_position_embeddings=c.context, rms_norm_eps=c.norm_eps)
-    config = transformers.LlamaConfig(**sizes, **ids, tie_word_embeddings=policy)
+    c, weights = model.config, llama_weights(model)
+    config = transformers.LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.channels,
+        intermediate_size=c.hidden,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads,
+        max_position_embeddings=c.context,
+        rms_norm_eps=c.norm_eps,
+        tie_word_embeddings=model.head == "lm",
+        bos_token_id=None,  # Llama's, 1, is our USER
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
     config.rope_theta = c.rope_theta  # where transformers 4 looks, and
     config.rope_parameters = dict(rope_type="default", rope_theta=c.rope_theta)  # 5
-    if policy:
+    if model.head == "lm":
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         made = transformers.LlamaForCausalLM(config)
         # generate() then samples as ours does: from the whole softmax, at temperature 1
-        law = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) | ids
-        law["max_new_tokens"] = c.context // 2
-        made.generation_config = transformers.GenerationConfig(**law)
+        how = dict(do_sample=True, top_k=0, max_new_tokens=c.context // 2)
+        made.generation_config.update(**how)
     else:  # Llama's head has no bias: its number minus `mean` is r
         config.num_labels, config.mean, config.std = 1, model.offset.item(), 1.0
         made = transformers.LlamaForSequenceClassification(config)
@@ -92,8 +98,7 @@ def llama_tokenizer(context: int):
     vocabulary = {name: i for i, name in enumerate(names)}
     found = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
     split = Regex(r" ?[\p{L}\p{N}_]+|[\s\S]")  # encode's: \w of Python is [\p{L}\p{N}_]
-    how = dict(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    to_letters = pre_tokenizers.ByteLevel(**how)
+    to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     steps = [pre_tokenizers.Split(split, "isolated"), to_letters]
     found.pre_tokenizer, found.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
     found.add_special_tokens([AddedToken(x, normalized=False, special=True) for x in SPECIALS])
@@ -104,34 +109,26 @@ def llama_tokenizer(context: int):
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
         model_max_length=context,
-        clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
-
-
-def export(model: Transformer, folder: Path) -> None:
-    """Write model and tokenizer for whatever loads a Llama."""
-    if (folder / "model.pt").exists():
-        common.fail(f"{folder} is a run, whose config.json would be lost; name another folder")
-    llama(model).save_pretrained(folder)
-    llama_tokenizer(model.config.context).save_pretrained(folder, save_jinja_files=False)
-    # transformers 5 writes names that 4 does not know; 5 knows those of 4
-    names = {"config": ("torch_dtype", "float32")}
-    names["tokenizer_config"] = ("tokenizer_class", "PreTrainedTokenizerFast")
-    for file, (key, value) in names.items():
-        path = folder / f"{file}.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}, indent=1))
 
 
 def main(words: list[str] | None = None) -> None:
     options = parser(__doc__, ("run", "a policy or a reward model"), ("folder", "a new folder"))
     cfg = options.parse_args(words)
+    run, folder = find(cfg.runs, cfg.run), Path(cfg.folder)
     if importlib.util.find_spec("transformers") is None:
         common.fail("this needs transformers: pip install transformers")
-    run = find(cfg.runs, cfg.run)
+    if (folder / "model.pt").exists():
+        common.fail(f"{folder} is a run, whose config.json would be lost; name another folder")
     head = torch.load(run / "model.pt", map_location="cpu", weights_only=True)["head"]
-    export(common.load_model(run, head, "cpu"), Path(cfg.folder))
-    print(f"{cfg.folder}: {cfg.run}, to be loaded as a Llama model")
+    model = common.load_model(run, head, "cpu")
+    llama(model).save_pretrained(folder)
+    llama_tokenizer(model.config.context).save_pretrained(folder)
+    about = folder / "tokenizer_config.json"  # transformers 4 and 5 both know this class
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    about.write_text(json.dumps(json.loads(about.read_text()) | kind, indent=1))
+    print(f"{folder}: {cfg.run}, to be loaded as a Llama model")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Ask a policy a question, and see its answers y with log π(y|x) and, where there is a reward
-model, r(x, y).
+"""Ask a policy a question, and see its answers y with log π(y|x) and r(x, y). r is the reward
+that the policy was trained on, else the reward model, if it is there.
 
     python -m tools.sample ppo "where does the owl live?"
     python -m tools.sample sft "where does the owl live?" -n 16 --best     best-of-n, by r
 """
 
 import argparse
-import os
+import json
 import sys
 from pathlib import Path
 
@@ -17,39 +17,44 @@ import common
 
 def parser(doc: str, *words: tuple[str, str]) -> argparse.ArgumentParser:
     """The command line of a tool: the words it needs, and --runs."""
-    if hasattr(sys.stdout, "reconfigure"):  # a console may lack β and π
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none; a console may lack β
         sys.stdout.reconfigure(errors="backslashreplace")
     style = argparse.RawDescriptionHelpFormatter
-    found = argparse.ArgumentParser(description=doc, formatter_class=style, allow_abbrev=False)
+    options = argparse.ArgumentParser(description=doc, formatter_class=style)
     for name, about in words:
-        found.add_argument(name, help=about)
+        options.add_argument(name, help=about)
     # absolute, as a reward function of the reader's own may change the working folder
-    found.add_argument("--runs", type=os.path.abspath, default=os.path.abspath("runs"),
-                       help="the folder of all runs (default: runs)")  # fmt: skip
-    return found
+    options.add_argument("--runs", type=lambda name: Path(name).absolute(), default="runs",
+                         help="the folder of all runs (default: runs)")  # fmt: skip
+    return options
 
 
-def where(runs: str) -> str:
-    """What a command needs to find these runs again."""
-    short = os.path.relpath(runs)
-    return "" if short == "runs" else f" --runs {runs if short.startswith('..') else short}"
-
-
-def find(runs: str, name: str) -> Path:
+def find(runs: Path, name: str) -> Path:
     """The folder of a run. Tools never train: if it is not there, a line says what makes it."""
-    folder, script = Path(runs) / name, {"base": "sft"}.get(name, name)
-    if not (folder / "model.pt").exists():
-        known = (Path(common.__file__).parent / f"{script}.py").exists()
-        script = f"{script}.py" if known else f"SCRIPT.py --out {name}"
-        common.fail(f"{folder} is not there; what makes it is python {script}{where(runs)}")
-    return folder
+    if not (runs / name / "model.pt").exists():
+        script = common.RECIPE.get(name, f"{name}.py")
+        known = Path(common.__file__).with_name(script).exists()
+        command = script if known else f"SCRIPT.py --out {name}"
+        common.fail(f"{runs / name} is not there: python {command} --runs {runs} makes it")
+    return runs / name
 
 
-def find_reward(cfg, source: str, device: torch.device) -> common.Reward:
-    """r(x, y) by a run under --runs, or by FILE.py:function."""
-    if ".py:" in source:
-        return common.load_reward(cfg, source, device)
-    return common.model_reward(common.load_model(find(cfg.runs, source), "scalar", device))
+def flags(folder: Path) -> dict:
+    """The flags that a run was made with."""
+    path = folder / "config.json"
+    return json.loads(path.read_text("utf-8"))["flags"] if path.exists() else {}
+
+
+def find_reward(runs: Path, names: list[str], device) -> tuple[common.Reward | None, str]:
+    """r(x, y) and its name: what the first of these runs that has one was trained on, else
+    the reward model, if it is there."""
+    for source in [flags(runs / name).get("reward") for name in names] + ["reward_model"]:
+        if source and ".py:" in source:
+            return common.load_reward(None, source, device), Path(source).name
+        if source and (runs / source / "model.pt").exists():
+            model = common.load_model(runs / source, "scalar", device)
+            return common.model_reward(model), source
+    return None, "none yet"
 
 
 @torch.no_grad()
@@ -57,29 +62,21 @@ def main(words: list[str] | None = None) -> None:
     options = parser(__doc__, ("run", "a policy under --runs"), ("question", "the prompt x"))
     options.add_argument("-n", type=int, default=4, help="answers (default: 4)")
     options.add_argument("--best", action="store_true", help="only the one with the highest r")
-    options.add_argument(
-        "--reward", help="r: a run, or FILE.py:function (default: reward_model)"
-    )
-    options.add_argument("--max-new-tokens", type=int, default=24, help="longest answer")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--device", default="auto")
     cfg = options.parse_args(words)
-    device = common.pick_device(cfg.device)
-    policy = common.load_model(find(cfg.runs, cfg.run), "lm", device)
-    if cfg.n < 1 or cfg.max_new_tokens < 1:
-        common.fail("-n and --max-new-tokens must be 1 or more")
-    if len(common.chat(cfg.question)) + cfg.max_new_tokens > policy.config.context:
-        common.fail(f"question and answer are over the context of {policy.config.context}")
-    reward = None
-    if cfg.best or cfg.reward or (Path(cfg.runs) / "reward_model/model.pt").exists():
-        reward = find_reward(cfg, cfg.reward or "reward_model", device)
+    device, folder = common.pick_device("auto"), find(cfg.runs, cfg.run)
+    policy = common.load_model(folder, "lm", device)
+    reward, _ = find_reward(cfg.runs, [cfg.run], device)
+    if cfg.best and reward is None:
+        find(cfg.runs, "reward_model")  # fails: it is not there
 
     common.seed_all(cfg.seed)
-    rollout = common.generate(policy, [common.chat(cfg.question)] * cfg.n, cfg.max_new_tokens)
+    longest = flags(folder).get("max_new_tokens", 24)
+    rollout = common.generate(policy, [common.chat(cfg.question)] * cfg.n, longest)
     logp = rollout.logprobs.sum(1)
     r = reward([cfg.question] * cfg.n, rollout) if reward else logp * float("nan")
     answers = list(zip(r.tolist(), logp.tolist(), common.completions(rollout)))
-    for r, logp, text in [max(answers, key=lambda x: x[0])] if cfg.best else answers:
+    for r, logp, text in [max(answers)] if cfg.best else answers:
         scored = f"r {r:+.2f}   " if reward else ""
         print(f"{scored}log π {logp:7.2f}   {text!r}")
 

@@ -3,10 +3,10 @@
     python tests/studies/outcomes.py             about an hour and a half on two cores
     python tests/studies/outcomes.py --quick     a tenth of all steps and pairs: does it work?
 
-The README's table is of fewer runs and other seeds:
+The README's table is of fewer runs and more seeds:
 
-    python tests/studies/outcomes.py --folder runs_recipe --seeds 0 1 2 3 4 --only ppo ppo_rloo
-        ppo_gae ppo_grpo ppo_reinforce dpo rs rs_random ppo_weak ppo_2
+    python tests/studies/outcomes.py --seeds 0 1 2 3 4 --only ppo ppo_rloo ppo_gae ppo_grpo
+        ppo_reinforce dpo rs rs_random ppo_weak ppo_2
 
 Runs go to runs_outcomes/seedS/NAME; see runs.py. At the end, printed and in outcomes.md:
 
@@ -176,7 +176,7 @@ def tables(seeds: list[dict]) -> list[str]:
 
 
 def main() -> None:
-    args = study.arguments(__doc__, "runs_outcomes", [20, 21, 22])
+    args = study.arguments(__doc__, "runs_outcomes", [0, 1, 2])
     os.environ["OMP_NUM_THREADS"] = "1"
     wanted = study.with_needs(RUNS, args.only or list(RUNS))
     study.make_all(study.quick(wanted) if args.quick else wanted, args.folders, args.jobs)
