@@ -110,7 +110,9 @@ def prefix_tree(tokens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     number = number.where(keep.flip(1).cumsum(1).flip(1) > 0, 0)
     distinct, node = number.unique(return_inverse=True)
     position = torch.arange(B * T, device=tokens.device)
-    return node, torch.empty_like(distinct).scatter_(0, node.flatten(), position)
+    # the last of all positions, so that every device picks the same one
+    place = torch.zeros_like(distinct).scatter_reduce_(0, node.flatten(), position, "amax")
+    return node, place
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
@@ -664,6 +666,13 @@ def collect_comparisons(policy: Transformer, n: int) -> list[dict]:
     return rows
 
 
+def answerer(cfg, name: str) -> str:
+    """The policy whose answers the missing runs/NAME is made of."""
+    if not re.fullmatch("comparisons(_.+)?", name):
+        fail(f"{cfg.runs}/{name} is not there; comparisons_NAME is made of the answers of NAME")
+    return name.removeprefix("comparisons").removeprefix("_") or "sft"
+
+
 def comparisons(cfg, context: int, device: torch.device) -> dict[str, list[dict]]:
     """The judged pairs by source: of cfg.data, or of each name in cfg.comparisons, "a,b". If
     runs/comparisons is missing, it is made of sft's answers; comparisons_NAME of NAME's."""
@@ -673,9 +682,7 @@ def comparisons(cfg, context: int, device: torch.device) -> dict[str, list[dict]
     for name in cfg.comparisons.split(","):
         folder = Path(cfg.runs) / name
         if not (folder / "comparisons.jsonl").exists():
-            if not re.fullmatch("comparisons(_.+)?", name):
-                fail(f"{folder} is not there; comparisons_NAME is made of the answers of NAME")
-            of = name.removeprefix("comparisons").removeprefix("_") or "sft"
+            of = answerer(cfg, name)
             policy = load_run(cfg, of, "lm", device)
             print(f"{name}: {PAIRS} pairs of answers of {of} are judged where they differ")
             seed_all(cfg.seed)
@@ -792,8 +799,10 @@ def standard_error(values: Tensor, groups: list) -> float:
 
 
 def win_rate(gold: Tensor, other: Tensor) -> Tensor:
-    """Share of same-prompt pairs where gold > other, (M, N), (M, N) -> (); a tie counts ½."""
-    return ((gold[:, :, None] - other[:, None, :]).sgn() + 1).mean() / 2
+    """Share of same-prompt pairs where gold > other, (M, N), (M, N) -> (); a tie counts ½. NaN
+    where there is no gold."""
+    gap = gold[:, :, None] - other[:, None, :]
+    return (gap.sgn() + 1).where(~gap.isnan(), torch.nan).mean() / 2
 
 
 def print_table(found: dict[str, dict], ref: str, reward_name: str) -> None:
@@ -878,6 +887,10 @@ def start(main: Callable, config: type, doc: str) -> None:
         if value and (name != "reward" or ".py:" in value):
             setattr(cfg, name, os.path.abspath(value))
     inputs = {getattr(cfg, flag, None) for flag in ("init", "ref", "reward")} - {None}
+    if hasattr(cfg, "comparisons") and not cfg.data:
+        names = cfg.comparisons.split(",")
+        missing = [x for x in names if not (Path(cfg.runs) / x / "comparisons.jsonl").exists()]
+        inputs |= {answerer(cfg, name) for name in missing}
     if cfg.out in inputs | ({*RECIPE, "comparisons"} - {config.out}):
         fail(f"--out {cfg.out}: this run or others start from it; choose another name")
     for name in inputs - set(RECIPE):

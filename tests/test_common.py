@@ -430,7 +430,6 @@ def test_a_run_is_saved_with_what_was_logged(runs, tiny, capsys, stops, monkeypa
     about = json.loads((runs / "new/config.json").read_text())
     assert about["flags"] == asdict(dpo.Config(runs=str(runs), beta=0.7))
     assert (about["script"], about["steps"], about["device"]) == ("ppo.py", 3, "cpu")
-    assert 0 <= about["seconds"] < 60
     assert last_step(runs / "new") == 2
     assert (names[-1], sorted(names[3:5])) == ("model.pt", ["config.json", "metrics.csv"])
     assert sorted(x.name for x in (runs / "new").iterdir()) == sorted(names[3:])
@@ -470,7 +469,7 @@ def test_what_ends_a_run_early_leaves_its_steps(runs, tiny, capsys, files, monke
     train(runs, model := tiny(), steps=4)
     assert last_step(runs / "new") == 3
     spoil = lambda: model.norm.weight.data.fill_(math.nan) is None or KeyboardInterrupt()  # noqa: E731
-    for at, do in ((3, spoil), (0, KeyboardInterrupt)):  # at 0 there is nothing to save
+    for at, do in ((0, KeyboardInterrupt), (3, spoil)):  # at 0 there is nothing to save
         with pytest.raises(KeyboardInterrupt):
             train(runs, model, at=at, do=do, name="other")
     assert files().keys() == after.keys()
@@ -599,16 +598,18 @@ def test_an_input_is_announced_once_with_what_it_was_made_from(runs, capsys):
     one that names this run's seed as the input's."""
     flags = json.dumps({"flags": {"seed": 3, "data": "/x/mine.jsonl"}})
     common.write(runs / "other/config.json", flags)
-    made = {"sft": "seed 0, data zoo", "other": "seed 3, data mine.jsonl"}
+    made = {"sft": (0, None), "other": (3, "/x/mine.jsonl")}
     for name, seed, data in itertools.product(made, (0, 3), (None, "/x/mine.jsonl")):
         cfg = dpo.Config(runs=str(runs), seed=seed, data=data)
-        mine = f"seed {seed}, data {'mine.jsonl' if data else 'zoo'}"
         for _ in range(2):
             common.load_run(cfg, name, "lm", CPU)
         (said,) = capsys.readouterr().out.splitlines()
-        said, warning, about = said.partition("warning")
-        assert f"{name}: {made[name]}" in said
-        assert (mine in about) == bool(warning) == (mine != made[name])
+        its, warning, mine = said.partition("warning")
+        assert bool(warning) == ((seed, data) != made[name])
+        for part, (number, file) in ((its, made[name]), (mine, (seed, data)))[
+            : 1 + len(warning)
+        ]:
+            assert re.search(rf"seed {number}, data \S*{'mine.jsonl' if file else 'zoo'}", part)
 
 
 def rolled(rows: list[tuple[list[int], str, bool]]) -> common.Rollout:
@@ -797,9 +798,8 @@ ANSWERS = {name: {HOME: home, AGAIN: home, OWL: owl} for name, home, owl in (
 
 
 def stub_reward(asked: list[str], rollout: common.Rollout) -> Tensor:
-    """A number that depends on the prompt and the answer."""
-    texts = common.completions(rollout)
-    return torch.tensor([len(x) + len(y) / 8 for x, y in zip(asked, texts)])
+    pairs = zip(asked, common.completions(rollout))
+    return torch.tensor([len(x) + len(y) / 8 for x, y in pairs])
 
 
 def table_rows(said: str) -> dict[str, list[str]]:
@@ -833,7 +833,7 @@ def test_the_closing_table_by_hand(runs, tiny, answering, slow, capsys, monkeypa
         return ANSWERS[name][prompt][i % 4][:2]
 
     given, cfg = answering(answer), ppo.Config(runs=str(runs), init="sft", out="other")
-    monkeypatch.setattr(common, "ROLLOUT", 200)  # so that prompts come in several batches
+    monkeypatch.setattr(common, "ROLLOUT", 330)  # two prompts in a batch
     how = ["sft", "sft", "other"], stub_reward, "stub", [HOME, OWL, AGAIN], CPU
     common.closing_table(cfg, *how)
     common.seed_all(99)
@@ -903,7 +903,7 @@ def refuses(runs, stops, monkeypatch):
     return check
 
 
-NAMES = ["a/b", ".", "..", "", " ", "sft/", "./base", "/x", "-x", "a b", "a\n"]
+NAMES = ["a/b", ".", "..", "", " ", "sft/", "./base", "/x", "-x", "a b", "a,b", "a\n"]
 WRONG = ["--seed=-1", "--steps=0", "--steps=-3", "--steps=1.5", "--batch=0", "--lr=nan",
          "--lr=inf", "--lr=-1e-9", "--max-new-tokens=0", "--no-such-flag=1", "--ste=3", "stray",
          *(f"--{flag}={name}" for flag in ("out", "init") for name in NAMES)]  # fmt: skip
@@ -916,8 +916,8 @@ def test_a_wrong_word_is_refused(refuses, word):
     for script in SCRIPTS:
         assert word.partition("=")[0] in refuses(script, word)
     if word.startswith("--out"):
-        for flag in ("--ref", "--comparisons=comparisons,"):
-            refuses(dpo, word.replace("--out=", flag.ljust(6, "=")))
+        for flag in ("--ref=", "--comparisons=comparisons,")[: 2 - ("," in word)]:
+            refuses(dpo, word.replace("--out=", flag))
 
 
 def test_what_other_runs_start_from_is_not_replaced(refuses, runs, monkeypatch):

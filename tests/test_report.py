@@ -80,7 +80,9 @@ def test_bytes_of_a_character_are_one_piece():
 def traced(folder, golds, rewards, answers, **flags):
     """A run whose traced prompt has the same answers at its first step and its last: texts, or
     (text, R, V, A). Each is likelier than the one before it."""
-    rows = [f"{r},{g},{i / 10},{r},9\n" for i, (r, g) in enumerate(zip(rewards, golds))]
+    rows = [
+        f"{r},{g},{i / 10},{r - i / 40},9\n" for i, (r, g) in enumerate(zip(rewards, golds))
+    ]
     common.write(folder / "metrics.csv", "reward,gold,kl,J,length\n" + "".join(rows))
     how = dict(beta=0.25, estimator="value", reward="rm", prompts=3, samples=2) | flags
     common.write(folder / "config.json", json.dumps({"flags": how}))
@@ -119,19 +121,20 @@ def test_over_optimisation_is_gold_down_while_reward_goes_up(tmp_path, capsys):
     """Any fall of gold, or any rise of reward; the fall from the first step; without gold a
     crash; the likeliest answer of all in place of the most frequent. As text: the first step,
     or another run's; an equation of other numbers; a text that clears the screen."""
-    texts = ["mice.\x1b[2J", "mice.\x1b[2J", "leaves."]
-    for golds, last_reward, fall in (([-1, 2, 3, 1], 3, 2), ([-1, 2, 3, 1], 1, 0)):
-        traced(tmp_path / "it", golds, [-1, 1, 2, last_reward], texts)
+    texts = ["mice.\u2028\x1b[2J", "mice.\u2028\x1b[2J", "leaves."]
+    for reward, fall in ((1, 0), (3, 2)):
+        traced(tmp_path / "it", [-1, 2, 3, 1], [-1, 1, 2, reward], texts)
+        traced(tmp_path / "own", [""] * 4, [2, 1, 1, reward], texts)
         assert report.traced(tmp_path / "it")["fall"] == fall
-    traced(tmp_path / "own", [""] * 4, [0, 1, 2, 3], texts)
-    assert math.isnan(report.traced(tmp_path / "own")["fall"])
+        assert math.isnan(report.traced(tmp_path / "own")["fall"])
     assert report.curve(list(range(24))) == [2 * i + 0.5 for i in range(12)]
     report.main(["--text", "it", "--runs", str(tmp_path)])
     said = capsys.readouterr().out
     assert "it, step 3 " in said
-    assert "1.000 = 1.000 − 0.25 × 0.300" in said
+    assert "2.925 = 3.000 − 0.25 × 0.300" in said
     heads = " +r +log π +log π_ref +kl +R +baseline +A +y\n"
-    numbers = r" +1.00 +-8.00 +-7.00 +0.50 +0.75 +-1.75 +2.50 +'mice.\\x1b\[2J' × 2\n.*leaves"
+    numbers = r" +1.00 +-8.00 +-10.00 +0.50 +0.75 +-1.75 +2.50 +"
+    numbers += r"'mice.\\u2028\\x1b\[2J' × 2\n.*leaves"
     assert re.search(heads + numbers, said)
 
 
@@ -211,20 +214,17 @@ def page(runs, tiny, call, monkeypatch):
 
 
 @torch.no_grad()
-def test_the_page_is_about_the_runs(page, runs, files):
+def test_the_page_is_about_the_runs(page, runs, save, files):
     """A table that is not the scripts': other prompts, answers, reward, reference or errors;
     a reward model taken for a policy; best-of-n of another policy; comparisons that were
     trained on; r, or DPO's β log π/π_ref, of other answers or models; a file touched."""
     pairs = world.judged(runs)
     held = world.parted(pairs)[1]
     held[0]["chosen_finished"] = False
-    lines = "".join(json.dumps(row) + "\n" for row in pairs)
-    common.write(runs / "comparisons/comparisons.jsonl", lines)
+    save("comparisons", pairs)
     before = files()
     html, found = page()
-    after = files()
-    assert after.keys() - before.keys() == {str(runs / "report.html")}
-    assert before.items() <= after.items()
+    assert [x for x, y in files().items() if before.get(x) != y] == [str(runs / "report.html")]
     titles = ["reward against KL", "gold against KL", "J", "reward", "kl", "gold", "length"]
     assert re.findall("<svg>(.*?)</svg>", html) == titles
 
@@ -427,7 +427,7 @@ def said(x) -> str:
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
-def test_a_browser_shows_what_the_data_says(page, runs, tmp_path):
+def test_a_browser_shows_what_the_data_says(page, runs, save, tmp_path):
     """A control that moves nothing, or something else; numbers of another step, answer, run or
     column; a colour of the other sign, a clip without its mark; text that is read as markup, or
     cut; a symbol that explains nothing, or not to the keyboard; a page that is wider than a
@@ -437,8 +437,7 @@ def test_a_browser_shows_what_the_data_says(page, runs, tmp_path):
     rows = world.judged(runs)
     for row, i in zip([row for row in rows if zoo.held_out(row["prompt"])], (0, 1)):
         row["chosen"], row["rejected"] = EVIL[i + 2], EVIL[i + 1]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    common.write(runs / "comparisons/comparisons.jsonl", lines)
+    save("comparisons", rows)
     html, data = page()
     assert not re.search(r'(?:src|href)="[^#]|@import|url\((?!#)', html)
     (tmp_path / "probe.html").write_text(html.replace("</html>", PROBE))

@@ -62,7 +62,7 @@ def test_every_tool_buys_gold_reward_at_its_price(recipe):
         cells = [line.split() for line in said.splitlines() if line.split()[:1] == [name]]
         table = [cell for cell in cells if cell.count("±") == 3][-1]
         for key, cell in zip(("reward", "gold", "kl"), (table[1], table[4], table[7])):
-            assert abs(mean[key] - float(cell)) < 0.15, (name, key)
+            assert abs(mean[key] - float(cell)) < 0.25, (name, key)
     sft = found.pop("sft")
     assert sft["finished"] >= 0.98
     assert sft["kl"] == 0

@@ -1,7 +1,7 @@
 """The same training here and in TRL: from the same weights, on the same batches.
 
     pip install torch numpy tqdm trl transformers datasets         tried: TRL 1.16.0
-    python tests/studies/beside_trl.py             three seeds, about 25 minutes of one core
+    python tests/studies/beside_trl.py             three seeds, about 45 minutes of one core
     python tests/studies/beside_trl.py --quick     a tenth of all steps and pairs: does it work?
 
 Four stages: SFT, reward model, DPO, and `ppo.py --estimator rloo` beside TRL's RLOOTrainer. In
@@ -14,7 +14,7 @@ Equal: start, rows (no cut answers: TRL's template ends each with EOS), batches,
 rate, Adam (0.9, 0.95), clipping of the gradient's norm, β, ε, K, M, N, longest answer, float32.
 TRL tokenizes the text by itself. Its weights come back into our Transformer, and one function
 judges both. TRL has its fastest settings: no gradient checkpointing, no logging, no workers, a
-malloc that keeps its memory, eager attention (sdpa is slower for rows this short).
+malloc that keeps its memory, eager attention (sdpa takes as long for rows this short).
 
 Not equal, in RLOO alone: the sampled answers. ρ and its clip are one per answer in TRL, one per
 token here. TRL's rate falls at every update, ours at every rollout. TRL cuts a rollout into

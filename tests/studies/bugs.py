@@ -290,8 +290,9 @@ the check of the start sees ρ > 1 alone | ppo.py measure | –
 the trace follows another prompt every time | ppo.py draw | –
     lambda cfg, prompts: (x[::-1] for x in old(cfg, prompts))
 
-the trace shows the log-probs of other answers | ppo.py trace | –
-    lambda *given: old(*given[:-1], {key: x.flip(0) for key, x in given[-1].items()})
+the trace shows r of other answers | ppo.py trace | –
+    lambda *given: (lambda found: found | {"answers": [y | {"r": other["r"]} for y, other in zip(
+    found["answers"], found["answers"][::-1])]})(old(*given))
 
 # tables and the report
 the table's KL is to the run itself | common.py evaluate | –
