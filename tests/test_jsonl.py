@@ -12,7 +12,7 @@ KEYS = {
     "pairs": ("prompt", "chosen", "rejected"),
     "prompts": ("prompt",),
 }
-PLAIN = {"prompt": "q", "completion": "a", "chosen": "b", "rejected": "c"}
+PLAIN = {"prompt": "qu", "completion": "aa", "chosen": "bb", "rejected": "cc"}
 
 
 def user(content) -> dict:
@@ -37,26 +37,26 @@ def read(folder, content: bytes, kind: str) -> dict[int, dict]:
 @pytest.mark.parametrize(
     ("kind", "row"),
     [
-        ("sft", {"messages": [user("q"), assistant("a")]}),
-        ("sft", {"messages": [user(text("q")), assistant(text("a"))]}),
-        ("sft", {"prompt": [user("q")], "completion": [assistant("a")]}),
-        ("sft", {"prompt": "q", "completion": "a", "messages": None}),
-        ("sft", {"prompt": "q", "completion": "a", "label": True}),
-        ("sft", {"prompt": "q", "completion": "a", "completion_finished": None}),
-        ("prompts", {"prompt": [user("q")]}),
-        ("prompts", {"prompt": "q", "label": False}),  # its answer is not read
-        ("prompts", {"messages": [user("q"), assistant("a")]}),
-        ("pairs", {"prompt": [user("q")], "chosen": [assistant("b")],
-                   "rejected": [assistant("c")]}),
-        ("pairs", {"chosen": [user("q"), assistant("b")],  # the prompt stands in the answers
-                   "rejected": [user("q"), assistant("c")]}),
-        ("pairs", {"prompt": "q", "chosen": [user("q"), assistant("b")],
-                   "rejected": [user("q"), assistant(text("c"))]}),
-        ("pairs", {"prompt": [user("q")], "chosen": [user("q"), assistant("b")],
-                   "rejected": [user("q"), assistant("c")]}),
-        ("pairs", {"prompt": "q", "messages": [user("q"), assistant("b")], "label": False,
-                   "chosen": [user("q"), assistant("b")],
-                   "rejected": [user("q"), assistant("c")]}),  # as UltraFeedback has it
+        ("sft", {"messages": [user("qu"), assistant("aa")]}),
+        ("sft", {"messages": [user(text("qu")), assistant(text("aa"))]}),
+        ("sft", {"prompt": [user("qu")], "completion": [assistant("aa")]}),
+        ("sft", {"prompt": "qu", "completion": "aa", "messages": None}),
+        ("sft", {"prompt": "qu", "completion": "aa", "label": True}),
+        ("sft", {"prompt": "qu", "completion": "aa", "completion_finished": None}),
+        ("prompts", {"prompt": [user("qu")]}),
+        ("prompts", {"prompt": "qu", "label": False}),  # its answer is not read
+        ("prompts", {"messages": [user("qu"), assistant("aa")]}),
+        ("pairs", {"prompt": [user("qu")], "chosen": [assistant("bb")],
+                   "rejected": [assistant("cc")]}),
+        ("pairs", {"chosen": [user("qu"), assistant("bb")],  # the prompt stands in the answers
+                   "rejected": [user("qu"), assistant("cc")]}),
+        ("pairs", {"prompt": "qu", "chosen": [user("qu"), assistant("bb")],
+                   "rejected": [user("qu"), assistant(text("cc"))]}),
+        ("pairs", {"prompt": [user("qu")], "chosen": [user("qu"), assistant("bb")],
+                   "rejected": [user("qu"), assistant("cc")]}),
+        ("pairs", {"prompt": "qu", "messages": [user("qu"), assistant("bb")], "label": False,
+                   "chosen": [user("qu"), assistant("bb")],
+                   "rejected": [user("qu"), assistant("cc")]}),  # as UltraFeedback has it
     ],
 )  # fmt: skip
 def test_the_usual_formats_are_read(tmp_path, kind, row):
@@ -76,36 +76,36 @@ def test_the_usual_formats_are_read(tmp_path, kind, row):
 @pytest.mark.parametrize(
     ("kind", "line"),
     [
-        ("sft", b'{"prompt": "q", "completion": '),
+        ("sft", b'{"prompt": "qu", "completion": '),
         ("sft", b'["prompt", "completion"]'),
-        ("sft", b'{"prompt": "q", "response": "a"}'),
-        ("prompts", b'{"question": "q"}'),
+        ("sft", b'{"prompt": "qu", "response": "aa"}'),
+        ("prompts", b'{"question": "qu"}'),
         ("prompts", b"{}"),
-        ("sft", b'{"prompt": "q", "completion": 3}'),
-        ("sft", b'{"prompt": null, "completion": "a"}'),
-        ("sft", b'{"prompt": "q", "completion": {"text": "a"}}'),
-        ("sft", b'{"prompt": "q", "completion": "a", "label": false}'),
-        ("pairs", b'{"prompt": "q", "chosen": "a"}'),
-        ("sft", b'{"prompt": "\xff", "completion": "a"}'),  # not UTF-8
-        ("sft", b'{"prompt": "\\ud800", "completion": "a"}'),  # half a surrogate pair
-        ("sft", {"messages": "q"}),
+        ("sft", b'{"prompt": "qu", "completion": 3}'),
+        ("sft", b'{"prompt": null, "completion": "aa"}'),
+        ("sft", b'{"prompt": "qu", "completion": {"text": "aa"}}'),
+        ("sft", b'{"prompt": "qu", "completion": "aa", "label": false}'),
+        ("pairs", b'{"prompt": "qu", "chosen": "aa"}'),
+        ("sft", b'{"prompt": "\xff", "completion": "aa"}'),  # not UTF-8
+        ("sft", b'{"prompt": "\\ud800", "completion": "aa"}'),  # half a surrogate pair
+        ("sft", {"messages": "qu"}),
         ("sft", {"messages": []}),
-        ("sft", {"messages": [user("q")]}),
-        ("sft", {"messages": [user("q"), {"role": "assistant"}]}),
-        ("sft", {"messages": [user("q"), user("a")]}),
-        ("sft", {"messages": [assistant("a"), user("q")]}),
-        ("sft", {"messages": [user("q"), assistant("a")] * 2}),  # a longer conversation
-        ("sft", {"messages": [{"role": "system"}, user("q"), assistant("a")]}),
-        ("sft", {"messages": [user([{"type": "image", "url": "u"}]), assistant("a")]}),
-        ("sft", {"messages": [user([{"type": "text", "text": 3}]), assistant("a")]}),
-        ("sft", {"prompt": "p", "messages": [user("q"), assistant("a")]}),  # of another prompt
-        ("pairs", {"prompt": "q", "chosen": [assistant("a")] * 2, "rejected": "b"}),
-        ("pairs", {"prompt": [user("q"), assistant("a"), user("q")],
-                   "chosen": [assistant("a")], "rejected": [assistant("b")]}),
-        ("pairs", {"chosen": [user("q"), assistant("a")],
-                   "rejected": [user("p"), assistant("b")]}),
-        ("pairs", {"chosen": [assistant("a")], "rejected": [assistant("b")]}),
-        ("prompts", {"prompt": [assistant("q")]}),
+        ("sft", {"messages": [user("qu")]}),
+        ("sft", {"messages": [user("qu"), {"role": "assistant"}]}),
+        ("sft", {"messages": [user("qu"), user("aa")]}),
+        ("sft", {"messages": [assistant("aa"), user("qu")]}),
+        ("sft", {"messages": [user("qu"), assistant("aa")] * 2}),  # a longer conversation
+        ("sft", {"messages": [{"role": "system"}, user("qu"), assistant("aa")]}),
+        ("sft", {"messages": [user([{"type": "image", "url": "u"}]), assistant("aa")]}),
+        ("sft", {"messages": [user([{"type": "text", "text": 3}]), assistant("aa")]}),
+        ("sft", {"prompt": "p", "messages": [user("qu"), assistant("aa")]}),  # of another
+        ("pairs", {"prompt": "qu", "chosen": [assistant("aa")] * 2, "rejected": "bb"}),
+        ("pairs", {"prompt": [user("qu"), assistant("aa"), user("qu")],
+                   "chosen": [assistant("aa")], "rejected": [assistant("bb")]}),
+        ("pairs", {"chosen": [user("qu"), assistant("aa")],
+                   "rejected": [user("p"), assistant("bb")]}),
+        ("pairs", {"chosen": [assistant("aa")], "rejected": [assistant("bb")]}),
+        ("prompts", {"prompt": [assistant("qu")]}),
     ],
 )  # fmt: skip
 def test_a_wrong_line_is_named_by_file_and_number(tmp_path, kind, line):

@@ -153,7 +153,6 @@ CRITIC = world.transformer(3, "scalar")
 BETA = 0.7
 RANDOM = torch.Generator().manual_seed(0)
 R = torch.randn(3, 40, generator=RANDOM, dtype=torch.float64)
-TIED = torch.randint(3, (3, 13), generator=RANDOM).double()  # many completions are as good
 
 
 @pytest.fixture
@@ -281,22 +280,6 @@ def test_grpo_without_its_std_is_a_shrunken_gradient_of_J(expect, n, longest):
     assert world.apart(found, (n - 1) / n * rloo) < 1e-10
 
 
-@pytest.mark.parametrize(("r", "beta"), [(TIED, 0.0), (R[:, :13], BETA)])
-def test_grpo_of_two_ascends_the_win_rate(expect, r, beta):
-    """A std with an ε, which only nearly normalises; ties that count. What is ascended is
-    2 ∇P(R(y) > R(y′)) + ∇P(tie), y′ and returns frozen: this is not ∇J."""
-    (found,) = expect("grpo", r, 2, 2, beta=beta).ascent
-    logp, ref_logp = (world.logp(m, longest=2) for m in (POLICY, REFERENCE))
-    returns = (r - beta * (logp - ref_logp)).detach()
-    mine, other = returns[:, :, None], returns[:, None, :]
-    pairs = logp.exp()[:, :, None] * logp.exp().detach()[:, None, :]
-    won, tied = ((pairs * on).sum((1, 2)).mean() for on in (mine > other, mine == other))
-    same = logp.exp().square().sum(1).mean()  # twice the same completion
-    assert (tied > 1.1 * same) == (beta == 0)
-    assert along(found, world.gradient(2 * won + tied, POLICY)) < 1e-10
-    assert along(found, exact(r, beta, 2)) > 0.1
-
-
 def test_later_updates_ascend_the_clipped_surrogate(expect):
     """Old log-probs that move along; an ε that is not --clip; a clip split by the sign of A;
     padding counted."""
@@ -351,26 +334,18 @@ def test_at_the_optimum_advantages_vanish(expect):
         assert found.ascent[0].abs().max() < 1e-10
 
 
-START = world.transformer(7, channels=16, hidden=32, layers=1)
-TWO = 2  # one prompt, at most two tokens
-
-
-def closed(policy) -> float:
-    """The share of J* − J(π_ref) that the policy has closed, where β = 1."""
-    logp, ref_logp = (world.logp(m, [PROMPTS[1]], TWO).detach() for m in (policy, START))
-    _, best = world.optimum(ref_logp, R[1:2, :13], 1.0)
-    gap = best - world.objective(ref_logp, ref_logp, R[1:2, :13], 1.0)
-    assert gap >= 0.3
-    return 1 - ((best - world.objective(logp, ref_logp, R[1:2, :13], 1.0)) / gap).item()
-
-
 def test_exact_ascent_reaches_the_optimum(expect):
     """A gradient that is ∇J at the start alone, or an optimizer that forgets: 60 steps, with
-    exact expectations, reach 99 %."""
-    policy = world.nearby(START, 0.0)
-    given = dict(names=[NAMES[1]], policy=policy, reference=START, beta=1.0)
-    expect("reinforce", R[:, :13], longest=TWO, learn=True, steps=60, lr=0.01, **given)
-    assert closed(policy) >= 0.99
+    exact expectations, close 99 % of the gap between J(π_ref) and J*."""
+    start, r = world.transformer(7, channels=16, hidden=32, layers=1), R[:, :13]
+    policy = world.nearby(start, 0.0)
+    given = dict(names=[NAMES[1]], policy=policy, reference=start, beta=1.0)
+    expect("reinforce", r, longest=2, learn=True, steps=60, lr=0.01, **given)
+    logp, ref_logp = (world.logp(m, [PROMPTS[1]], 2).detach() for m in (policy, start))
+    _, best = world.optimum(ref_logp, r[1:2], 1.0)
+    gaps = [best - world.objective(x, ref_logp, r[1:2], 1.0) for x in (ref_logp, logp)]
+    assert gaps[0] >= 0.3
+    assert gaps[1] <= 0.01 * gaps[0]
 
 
 # --------------------------------------------------------- whole runs against a slow replay

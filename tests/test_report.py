@@ -281,8 +281,11 @@ def test_a_part_without_its_runs_names_the_command_that_makes_them(page, runs, m
     is another part's, or for other runs. Where nothing is missing, other runs first: ppo beside
     the lowest β, and what over-optimises most."""
     shutil.copytree(runs / "other", runs / "over")
-    traced(runs / "over", [1, 2, 3, 1], [0, 1, 2, 3], ["mice."])
+    traced(runs / "over", [1, 2, 3, 1], [0, 1, 2, 3], EVIL)
     _, found = page()
+    legends = ({look["number"][2:] for look in x} for x in found["legends"].values())
+    drawn = {"ppo", "at_0", "over"}
+    assert list(legends) == [drawn | {"sft", "other", "dpo"}, drawn]
     assert found["chosen"] == ["ppo", "at_0", "over"]
     assert found["missing"] == {}
     said = report.missing("", [1], [{"fall": 0.0}], found["pairs"])
@@ -326,15 +329,18 @@ def test_rows_of_the_readers_own_have_no_gold(page, runs, mine, tmp_path, monkey
     assert "frontier" not in found["missing"]
 
 
-@pytest.mark.parametrize("flags", ["--runs typo", "--text sft --runs {runs}"])
-def test_what_is_not_there_is_one_line(runs, files, capsys, flags):
+@pytest.mark.parametrize(
+    ("flags", "command"),
+    [("--runs typo", "sft.py"), ("--runs {runs} --text", "ppo.py --runs {runs} --out ppo ")],
+)
+def test_what_is_not_there_is_one_line(runs, files, capsys, flags, command):
     """A typo that makes a folder, or trains; a traceback."""
     before = files()
     with pytest.raises(SystemExit) as stopped:
         report.main(flags.format(runs=runs).split())
     error = capsys.readouterr().err
     assert (stopped.value.code, error.count("\n"), files()) == (2, 1, before)
-    assert "python " in error
+    assert f"python {command.format(runs=runs)}" in error
 
 
 def test_a_mark_is_a_run_and_a_line_its_training(runs):

@@ -291,8 +291,8 @@ the trace follows another prompt every time | ppo.py draw | –
     lambda cfg, prompts: (x[::-1] for x in old(cfg, prompts))
 
 the trace shows r of other answers | ppo.py trace | –
-    lambda *given: (lambda found: found | {"answers": [y | {"r": other["r"]} for y, other in zip(
-    found["answers"], found["answers"][::-1])]})(old(*given))
+    lambda *given: (lambda found: found | {"answers": [y | {"r": other["r"]}
+    for y, other in zip(found["answers"], found["answers"][::-1])]})(old(*given))
 
 # tables and the report
 the table's KL is to the run itself | common.py evaluate | –

@@ -150,15 +150,15 @@ def mean_error(values: list[float], digits: int = 2) -> str:
 
 
 def tables(seeds: list[dict]) -> list[str]:
-    lines = ["| run | command | gold | KL | right | length | gold: difference to |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines = ["| run | command | seeds | gold | KL | right | length | gold: difference to |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     for name, (beside, words) in ({"sft": ("sft", "sft.py")} | SETS).items():
-        if all({name, beside} <= seed["table"].keys() for seed in seeds):
-            run = {k: [seed["table"][name][k] for seed in seeds] for k in common.NUMBERS}
-            gap = [
-                seed["table"][name]["gold"] - seed["table"][beside]["gold"] for seed in seeds
-            ]
-            cells = [name, f"`{words}`", mean_error(run["gold"]), mean_error(run["kl"])]
+        made = [x["table"] for x in seeds if {name, beside} <= x["table"].keys()]
+        if made:
+            run = {key: [table[name][key] for table in made] for key in common.NUMBERS}
+            gap = [table[name]["gold"] - table[beside]["gold"] for table in made]
+            cells = [name, f"`{words}`", str(len(made))]
+            cells += [mean_error(run["gold"]), mean_error(run["kl"])]
             cells += [f"{np.mean(run['right']):.2f}", f"{np.mean(run['length']):.1f}"]
             lines.append("| " + " | ".join([*cells, f"{beside}: {mean_error(gap)}"]) + " |")
     lines += ["", "| reward model | command | expected | ceiling | agrees with gold |"]
