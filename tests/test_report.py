@@ -451,7 +451,7 @@ def test_a_browser_shows_what_the_data_says(page, runs, save, tmp_path):
     flags += "--disable-background-networking --disable-component-update --disable-sync"
     command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path}/user"]
     command += ["--window-size=400,900", (tmp_path / "probe.html").as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
     found = json.loads(unquote(re.search(r"<body>([^<]*)", dom)[1]))
 
     runs = {run["name"]: run for run in data["traces"]}
