@@ -268,9 +268,9 @@ def table(cells: dict[str, list[dict]]) -> None:
         return statistics.stdev(values) if len(values) > 1 else math.nan
 
     def show(values: list[float]) -> str:
-        return f"{statistics.mean(values):.3f} ± {spread(values):.3f}"
+        return f"{statistics.mean(values):.4g} ± {spread(values):.2g}"
 
-    line = "{:14}{:18}{:>17}{:>17}   {}".format
+    line = "{:14}{:18}{:>20}{:>20}   {}".format
     print("\n" + line("", "", "ours", "TRL", "TRL − ours or TRL / ours, seed by seed"))
     for stage, seeds in cells.items():
         numbers = STAGES[stage][4].split()

@@ -1,6 +1,6 @@
 r"""Plant known bugs, one at a time, each in a copy of the project, and see which test notices.
 
-    python tests/studies/bugs.py                  some minutes on two cores; not part of CI
+    python tests/studies/bugs.py                  a quarter of an hour on one core
     python tests/studies/bugs.py --only "dpo.py"  those with this in their line
 
 A bug of BUGS is a line, and below it what is planted:
@@ -109,8 +109,8 @@ the score is read at a PAD | common.py score | transformers#35352 | reward_model
     lambda model, tokens, response_mask: old(model, tokens, response_mask.cumsum(1) > 0)
 
 rows of like length share a batch | common.py minibatches | –
-    torch\.randperm\(len\((\w+)\)\) => (lambda p:
-    p[(\1[p] != PAD).flatten(1).sum(1).argsort(stable=True)])(torch.randperm(len(\1)))
+    torch\.randperm\(len\((\w+)\)\) => (lambda order:
+    order[mask[order].flatten(1).sum(1).argsort(stable=True)])(torch.randperm(len(\1)))
 
 gradients of the step before are left | common.py descend | – | sft
     \w+\.zero_grad\(\) => pass
@@ -166,7 +166,7 @@ r is 0 at chosen answers, not at demonstrations | reward_model.py center | arXiv
 a head of zeros | common.py scalar_copy | lm-human-preference-details | reward_model
     lambda model: (lambda copy: (nn.init.zeros_(copy.scalar.weight), copy)[1])(old(model))
 
-policy and reward model share a trunk | common.py scalar_copy | transformers#31467
+policy and critic share a trunk | common.py scalar_copy | transformers#31467 | ppo
     lambda model: (lambda copy: (setattr(copy, "blocks", model.blocks), copy)[1])(old(model))
 
 # rejection sampling
@@ -192,7 +192,7 @@ chosen and rejected the wrong way round | dpo.py dpo | –
 no π_ref in the log-ratio | dpo.py train | DPO#34
     = \((\w+) - \w+\)\.unbind => = \1.unbind
 
-log π(y|x) is a mean over tokens | dpo.py response_logprobs | DPO#40
+log π of an answer is a mean over tokens | dpo.py response_logprobs | DPO#40
     lambda model, tokens, mask: old(model, tokens, mask) / mask.sum(-1)
 
 IPO aims at a gap of 1/τ | dpo.py ipo | –
@@ -308,7 +308,7 @@ all runs of the table share their noise | common.py closing_table | –
     seed=zlib\.crc32\(.*?\)\) => seed=0
 
 best-of-n: a tie has a winner | tools/report.py best_of_n | arXiv 2401.01879
-    lambda r, n: old(r.argsort(1, stable=True).argsort(1), n)
+    lambda r, n: old(r.argsort(dim=1, stable=True).argsort(1), n)
 
 best-of-n: KL = log n | tools/report.py frontier | –
     - \((\w+) - 1\) / \1 =>
