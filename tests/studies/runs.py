@@ -118,6 +118,8 @@ def make_all(table: dict[str, str], folders: dict[int, Path], jobs: int) -> None
                 bar.update()
                 if wrong:
                     bar.write(wrong)
+        workers.close()  # and not terminated: a script that is, says that it was stopped
+        workers.join()
     bar.close()
 
 
