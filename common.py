@@ -93,31 +93,33 @@ class ModelConfig:
 
 
 def prefix_tree(tokens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """The prefixes of a batch form a tree: a node is a distinct prefix. Rows that begin alike
-    share nodes, and what looks at one position alone, all but attention, runs once a node:
+    """The prefixes of a batch form a tree: a node is a distinct prefix. A causal model's state
+    at a position depends on the prefix that ends there alone, so rows that begin alike, such
+    as N answers to one prompt, share their first states. Each is worked out once:
 
         tokens   where does the owl live      node   0 1 2 3 4
-                 where does the fox                  0 1 2 5 ·
+                 where does the fox PAD              0 1 2 5 ·
 
     Returns node (B, T), the node at each position, and place (n,), for each node one flat
-    position b·T + t where it stands. What comes after a row's last True in `keep` (B, T)
-    reaches no output that is asked for: all of it shares one node (the dot)."""
+    position b·T + t where it stands. After a row's last True in `keep` (B, T) nothing is asked
+    for: all those positions are one node (the dot)."""
     B, T = tokens.shape
-    # A hash of each prefix: its tokens times random odd numbers, summed mod 2⁶⁴. Two prefixes
-    # of a batch have the same one once in 2⁵⁰ batches.
+    # A hash of each prefix: its tokens times random numbers, summed; int64 wraps around. Odd,
+    # so that no token is lost in the product; + 1, as token 0 would add nothing. Two of n
+    # prefixes have the same hash with a chance of about n²/2⁶⁵.
     odd = torch.randint(2**62, (T,), generator=torch.Generator().manual_seed(0)) * 2 + 1
     number = ((tokens + 1) * odd.to(tokens.device)).cumsum(1)
-    number = number.where(keep.flip(1).cumsum(1).flip(1) > 0, 0)
-    distinct, node = number.unique(return_inverse=True)
-    position = torch.arange(B * T, device=tokens.device)
+    needed = keep.flip(1).cumsum(1).flip(1) > 0  # a True here or later
+    distinct, node = number.where(needed, 0).unique(return_inverse=True)
+    flat = torch.arange(B * T, device=tokens.device)
     # the last of all positions, so that every device picks the same one
-    place = torch.zeros_like(distinct).scatter_reduce_(0, node.flatten(), position, "amax")
+    place = torch.zeros_like(distinct).scatter_reduce_(0, node.flatten(), flat, "amax")
     return node, place
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] for rows of x: F.embedding is the same with a faster backward. Nodes to
-    positions is pick(x, node); positions to nodes is pick(x, place)."""
+    """x[index] for rows of x; F.embedding is the same with a faster backward. pick(x, node)
+    takes nodes to positions, pick(x, place) positions to nodes."""
     return F.embedding(index, x)
 
 
@@ -134,12 +136,13 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(c.channels, 2 * c.hidden, bias=False)
         self.down = nn.Linear(c.hidden, c.channels, bias=False)
 
-    def forward(self, x: Tensor, cos, sin, future, node, rows, cache=None) -> Tensor:
-        """x (n, C), a row for each node -> (m, C), a row for each flat position in `rows`."""
+    def forward(self, x: Tensor, cos, sin, future, node, to, cache=None) -> Tensor:
+        """x (n, C), one row a node -> (m, C), one row for each flat position in `to`: place,
+        which is nodes again, or in the last block the positions that are asked for."""
         (B, T), H, K, D = node.shape, self.heads, self.kv_heads, cos.shape[-1]
         qkv = self.qkv(self.attention_norm(x)).view(len(x), H + 2 * K, D)
         qk, v = qkv.split((H + K, K), 1)
-        qk = qk * cos + qk.roll(D // 2, -1) * sin
+        qk = qk * cos + qk.roll(D // 2, -1) * sin  # rotary; the minus is in sin
         # attention needs whole rows: from nodes to positions
         qkv = pick(torch.cat((qk, v), 1).flatten(1), node).view(B, T, -1, D).transpose(1, 2)
         q, k, v = qkv.split((H, K, K), 1)  # (B, heads, T, D)
@@ -152,15 +155,16 @@ class Block(nn.Module):
         # y = softmax(q kᵀ / √D) v; `future` (T, stop) is −∞ where the key is after the query
         y = ((q * D**-0.5) @ k.transpose(-1, -2) + future).softmax(-1) @ v
         y = y.transpose(1, 2).reshape(B * T, -1)
-        # and back: from here on only what is asked for
-        x = pick(x, node.flatten()[rows]) + self.out(pick(y, rows))
+        # and back from positions; if `to` is place, the first term is x itself
+        x = pick(x, node.flatten()[to]) + self.out(pick(y, to))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
 
 class Transformer(nn.Module):
     """tokens (B, T) -> logits (B, T, V) with head "lm" (tied to the embedding), or
-    -> one number per position (B, T) with head "scalar", minus the saved `offset`."""
+    -> one number per position (B, T) with head "scalar", minus the saved `offset`. The tree of
+    prefixes changes nothing but the speed: read it first as if every position were a node."""
 
     def __init__(self, config: ModelConfig, head: str = "lm"):
         super().__init__()
@@ -194,19 +198,20 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, keep=None, cache=None, start: int = 0) -> Tensor:
         """tokens (B, T) at positions start, start + 1, …: the outputs of all positions, or
-        with `keep` (B, T), bool, of its m True positions alone: (m, V) or (m,)."""
-        (B, T), every = tokens.shape, torch.arange(tokens.numel(), device=tokens.device)
-        asked = every if keep is None else keep.flatten().nonzero().squeeze(1)
-        if start:  # the same new tokens may follow different prefixes: nothing is shared
-            node, place = every.view(B, T), every
+        with `keep` (B, T), bool, of its m True positions alone: (m, V) or (m,). `cache` holds
+        the keys and values of what stands before start."""
+        (B, T), flat = tokens.shape, torch.arange(tokens.numel(), device=tokens.device)
+        asked = flat if keep is None else keep.flatten().nonzero().squeeze(1)
+        if start:  # `tokens` lacks the beginnings, so nothing is known to be shared
+            node, place = flat.view(B, T), flat
         else:
             node, place = prefix_tree(tokens, torch.ones_like(tokens) if keep is None else keep)
         x, position = self.embed(tokens.flatten()[place]), start + place % T  # (n, C), (n,)
         cos, sin = self.cos[position, None], self.sin[position, None]
         future = x.new_full((T, start + T), -math.inf).triu(start + 1)
         for i, block in enumerate(self.blocks):
-            rows = asked if i + 1 == len(self.blocks) else place  # place: nodes again
-            x = block(x, cos, sin, future, node, rows, None if cache is None else cache[i])
+            to = asked if i + 1 == len(self.blocks) else place
+            x = block(x, cos, sin, future, node, to, None if cache is None else cache[i])
         x = self.norm(x)
         if self.head == "scalar":
             outputs = self.scalar(x).squeeze(-1) - self.offset
@@ -242,12 +247,12 @@ def generate(
     """Sample one response to each of B prompts, all in one batch with a KV cache.
 
     All rows stand at the same position t: a row still in its prompt copies its own token t, the
-    others sample one. So there is no left padding and no attention mask. While no row samples,
-    t jumps ahead, and the prompts are read at once."""
+    others sample one. So there is no left padding and no mask of padding. While no row
+    samples, t jumps to the end of the next prompt, and what lies between is read at once."""
     c, device, B = model.config, model.device, len(prompts)
     start, T = min(map(len, prompts)), max(map(len, prompts)) + max_new_tokens
     if start < 1 or max_new_tokens < 1 or temperature <= 0 or c.context < T:
-        raise ValueError("generate: an empty prompt, nothing to sample, or over the context")
+        raise ValueError("generate: empty prompt, no new tokens, temperature ≤ 0, or too long")
     tokens = torch.tensor([p + [PAD] * (T - len(p)) for p in prompts], device=device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     # one u per token, drawn on the CPU before the loop: every device has the same draws, and
@@ -255,8 +260,8 @@ def generate(
     u = torch.rand(B, T, dtype=model.embed.weight.dtype).to(device)
     mask, logprobs = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(u)
     cache = u.new_empty(c.layers, 2, B, c.kv_heads, T, c.channels // c.heads)
-    rows = torch.arange(B, device=device)  # those still in the batch
-    over = torch.zeros_like(mask[:, 0])  # of these: ended with EOS, or cut
+    rows = torch.arange(B, device=device)  # those still in the batch; they leave in groups,
+    over = torch.zeros_like(mask[:, 0])  # so some of them have ended with EOS, or were cut
     read, t = 0, start
     while True:
         new = tokens[rows, read:t]  # what stands before is in the cache
@@ -330,9 +335,10 @@ def in_passes(function):
         ends, order = ends.sort(descending=True, stable=True)
         ends, first, parts = ends.tolist(), 0, []
         for i in range(1, B + 1):
-            longest = max(1, ends[first])
+            longest = max(1, ends[first])  # a mask may be all False
+            # row i is not there, would not fit, or is much shorter
             if i == B or (i - first + 1) * longest > PASS or 4 * ends[i] < longest:
-                rows = order[first:i]  # row i would not fit, or is much shorter
+                rows = order[first:i]
                 part = function(model, tokens[rows, :longest], mask[rows, :longest])
                 parts.append(F.pad(part, (0, T - longest)) if part.dim() == 2 else part)
                 first = i
@@ -353,7 +359,7 @@ def _outputs_before(model: Transformer, tokens: Tensor, mask: Tensor) -> tuple[T
     mask that says where they go; column 0 has none."""
     where = mask.clone()
     where[:, 0] = False
-    keep = where.roll(-1, 1)  # the column before
+    keep = where.roll(-1, 1)  # the column before; column 0 is False, so nothing wraps
     return model(tokens, keep), where
 
 

@@ -103,7 +103,8 @@ LOSSES = {"dpo": dpo, "ipo": ipo, "hinge": hinge}
 
 
 def response_logprobs(model: Transformer, tokens: Tensor, mask: Tensor) -> Tensor:
-    """log π(y|x) of both answers of B pairs, nats: (B, 2, T) each -> (B, 2), chosen first."""
+    """log π(y|x) of both answers of B pairs, nats: (B, 2, T) each -> (B, 2), chosen first. A
+    sum over tokens, as the loss, nll and chosen_logp take it."""
     # log π(y|x) = Σ_t log π(y_t | x, y_<t), over the response, EOS included
     logprobs = common.token_logprobs(model, tokens.flatten(0, 1), mask.flatten(0, 1))
     return logprobs.sum(1).view(-1, 2)
@@ -134,7 +135,7 @@ def train(cfg: Config, policy: Transformer, reference: Transformer, rows: list[d
             norm = common.descend(loss, policy, optimizer, lr)
 
             if step == 0:
-                check_start(cfg, chosen, rejected)
+                check_start(cfg, logprobs, ref_logprobs)
             compared = measure(cfg.beta, chosen, rejected, logprobs)
             run.log(loss=loss, nll=nll, **compared, grad_norm=norm, lr=lr)
 
@@ -154,9 +155,9 @@ def measure(beta: float, chosen: Tensor, rejected: Tensor, logprobs: Tensor) -> 
     }
 
 
-def check_start(cfg: Config, chosen: Tensor, rejected: Tensor) -> None:
+def check_start(cfg: Config, logprobs: Tensor, ref_logprobs: Tensor) -> None:
     """If policy and reference start as the same run, every log-ratio must be 0."""
-    largest = torch.cat((chosen, rejected)).abs().max().item()
+    largest = (logprobs - ref_logprobs).abs().max().item()
     if cfg.init == cfg.ref and largest > 1e-4:
         common.fail(f"step 0: policy = reference, but a log-ratio is {largest:.1e}", 1)
 

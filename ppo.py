@@ -105,9 +105,9 @@ def response_return(
     score: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
     """One-sample estimates, per row, of J and of the KL in it: (returns, kl), both (B,).
-    score (B,) is r(x, y); log-probs and mask are (B, T); kl is in nats, and known as k1. R is
-    treated as a constant although kl depends on π: ∇J = E[R ∇ log π(y|x) + ∇R], and the second
-    term, −β E[∇ log π(y|x)], is 0."""
+    score (B,) is r(x, y); log-probs and mask are (B, T); kl is in nats, and known as k1 (k3 as
+    a loss: exercises/kl_in_loss.diff). R is treated as a constant although kl depends on π:
+    ∇J = E[R ∇ log π(y|x) + ∇R], and the second term, −β E[∇ log π(y|x)], is 0."""
     # KL = E_y[Σ_t log π(y_t | x, y_<t) − log π_ref(y_t | x, y_<t)]           eq:kl_expectation
     kl = ((logprobs - ref_logprobs) * response_mask).sum(1)
     # R = r(x, y) − β Σ_t (log π − log π_ref)                    eq:rlhf_opt_eq, eq:kl_standard
@@ -317,8 +317,8 @@ def measure(cfg: Config, asked, rollout, reward, kl, old_logprobs, updates) -> d
         "sampler_gap": (old_logprobs - rollout.logprobs).abs().max(),  # scored against sampled
         "policy_loss": torch.stack(losses).mean(),
         "value_loss": None if v_losses[0] is None else torch.stack(v_losses).mean(),
-        "grad_norm": torch.stack(norms).mean(),  # of the policy, before clipping
-        "clipped": torch.stack(clipped).mean(),  # share of tokens without gradient
+        "grad_norm": torch.stack(norms).mean(),  # of the policy's gradient, before clipping
+        "clipped": torch.stack(clipped).mean(),  # share of tokens whose surrogate has none
         "ratio_max": torch.cat(ratios).max(),  # the largest ρ of all
         "first_update_ratio": torch.maximum(ratios[0], 1 / ratios[0]).max(),  # must be 1
     }

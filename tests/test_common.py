@@ -4,24 +4,19 @@ Each test names the bug it catches, and checks against something independent: a 
 definition, the enumerable world of tiny.py, a number worked out by hand, an invariance.
 """
 
-import io
 import itertools
 import json
 import math
-import os
 import random
 import re
 import runpy
-import signal
 import sys
-from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import tiny as small
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
@@ -60,13 +55,9 @@ def stops(files, capsys):
 def test_any_text_round_trips_and_never_encodes_to_a_special():
     """Text that comes back changed; a prompt that ends its own turn and answers itself; half a
     character that cannot be printed; words of the zoo in four tokens in place of one."""
-    rng = random.Random(0)
-    texts = ["", "\x00\x01\x02\x03", "<eos>[USER]</s>", "  where  the\tzebra\r\nIS ", "ζέ 斑🦓"]
-    for _ in range(300):
-        points = [*rng.choices(range(0xD800), k=4), *rng.choices(range(0xE000, 0x110000), k=4)]
-        words = [chr(point) for point in points] + rng.choices(zoo.WORDS, k=4) + [" "] * 4
-        texts.append("".join(rng.sample(words, len(words))))
-    for text in texts:
+    rng, pieces = random.Random(0), [*zoo.WORDS, *"  \r\n\x00\x03ζ斑🦓" * 9]
+    texts = ["".join(rng.choices(pieces, k=12)) for _ in range(300)]
+    for text in ["", "<eos>[USER]</s>", *texts]:
         ids = common.encode(text)
         assert common.decode(ids) == text
         assert set(ids) <= {*range(ModelConfig().vocab_size)} - {EOS, USER, ASSISTANT, PAD}
@@ -84,10 +75,9 @@ def test_only_a_literal_false_means_that_an_answer_was_cut():
     start, bb, c = common.chat("q"), common.encode("bb"), common.encode("c")
     for key in ("completion", "chosen", "rejected"):
         whole = [*common.encode(row[key]), EOS]
-        for flag in (None, "no", "false", 0, 0.0, [], True, False):
+        for flag in (None, "false", 0, True, False):
             flagged = common.answer_ids(row | {f"{key}_finished": flag}, key)
             assert flagged == (start, whole if flag is not False else whole[:-1])
-    assert common.answer_ids(row) == common.answer_ids(row, "completion")
     tokens, mask = common.encode_pairs([row | {"rejected_finished": False}, row], CPU)
     assert tokens[0].tolist() == [[*start, *bb, EOS], [*start, *c, PAD, PAD]]
     assert tokens[1].tolist() == [[*start, *bb, EOS], [*start, *c, EOS, PAD]]
@@ -128,7 +118,7 @@ def slow_forward(model, tokens: list[int]) -> Tensor:
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_forward_is_the_slow_definition(tiny, kv_heads):
     """A wrong rotation, mask, norm, or key head of a query, grouped or not; θ and ε that are
-    the usual ones and not the config's; a leak of the future, however small."""
+    the usual ones and not the config's; a leak of the future."""
     sizes = dict(vocab_size=11, channels=32, rope_theta=50.0, norm_eps=0.1)
     model = tiny(heads=4, kv_heads=kv_heads, **sizes).double()
     for weight in model.parameters():
@@ -137,10 +127,6 @@ def test_forward_is_the_slow_definition(tiny, kv_heads):
     tokens = torch.randint(11, (2, 9))
     for row, logits in zip(tokens.tolist(), model(tokens)):
         torch.testing.assert_close(logits, slow_forward(model, row), atol=1e-5, rtol=0)
-    for t in range(9):
-        changed = tokens.clone()
-        changed[:, t] = (tokens[:, t] + 1) % 11
-        assert ((model(changed) - model(tokens))[:, :t].abs() < 1e-13).all()
 
 
 # the same tokens in another order (row 2) and one position later (3), and token 0 (4)
@@ -151,23 +137,17 @@ ALIKE = [[1, 5, 2, 7, 7, 3, 3], [1, 5, 2, 7, 8, 9, 3], [1, 2, 5, 7, 7, 3, 3],
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 def test_a_batch_that_begins_alike_is_its_rows_alone(tiny, head):
     """Another beginning's hidden state; gradients lost, or counted too often; outputs of other
-    places; a beginning worked out twice, or that nobody needs; prefixes taken for one."""
-    model, sizes = tiny(3, head, heads=2, kv_heads=1).double(), []
-    for part in (model.blocks[0], model.norm):
-        part.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    places; prefixes taken for one, or one for several."""
+    model = tiny(3, head, heads=2, kv_heads=1).double()
     tokens, keep = torch.tensor(ALIKE), torch.zeros(6, 7, dtype=torch.bool)
     keep[[0, 0, 2, 2, 3, 4, 5], [1, 3, 1, 5, 4, 6, 0]] = True
     alone = torch.cat([model(row[None]) for row in tokens])
-    weights, begun = torch.randn_like(alone[keep]), []
-    for on in (torch.ones_like(keep), keep):
-        needed = [(b, t) for b in range(6) for t in range(7) if on[b, t:].any()]
-        begun.append(len({tuple(ALIKE[b][: t + 1]) for b, t in needed}) + (not on.all()))
+    weights = torch.randn_like(alone[keep])
     for outputs in (model(tokens)[keep], model(tokens, keep)):
         torch.testing.assert_close(outputs, alone[keep], atol=1e-12, rtol=0)
         expected = small.gradient((alone[keep] * weights).sum(), model)
         found = small.gradient((outputs * weights).sum(), model)
         torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
-    assert sizes[-4:] == [begun[0], keep.numel(), begun[1], keep.sum()]
     tokens = torch.randint(528, (8_000, 30))
     _, place = common.prefix_tree(tokens, torch.ones_like(tokens, dtype=torch.bool))
     assert len(place) == len({tuple(x[:t]) for x in tokens.tolist() for t in range(1, 31)})
@@ -187,9 +167,9 @@ def test_weights_start_at_their_stated_size():
 
 
 @torch.no_grad()
-def test_what_is_saved_is_loaded_and_a_copy_shares_no_storage(tiny, tmp_path):
-    """Tied weights lost on reload; the centring of a reward model lost, or added; sizes that
-    are not saved; weights that are frozen. A critic that trains the policy too, or is new."""
+def test_what_is_saved_is_loaded_and_a_copy_shares_no_storage(tiny, tmp_path, stops):
+    """The centring of a reward model lost, or added; sizes that are not saved; a reward model
+    taken for a policy, its head ignored. A critic that trains the policy too, or is new."""
     model, scalar = tiny(), tiny(1, "scalar", heads=1, kv_heads=1)
     tokens = torch.arange(9)[None]
     before = scalar(tokens)
@@ -200,9 +180,7 @@ def test_what_is_saved_is_loaded_and_a_copy_shares_no_storage(tiny, tmp_path):
         again = common.load_model(tmp_path / name, name, CPU)
         assert again.config == saved.config
         assert torch.equal(again(tokens), saved(tokens))
-        assert all(weight.requires_grad for weight in again.parameters())
-    again.embed.weight[301] = 0
-    assert not again(tokens)[..., 301].any()
+    assert "a reward model" in stops(common.load_model, tmp_path / "scalar", "lm", CPU)
     trunk = common.scalar_copy(model).state_dict()
     assert all(torch.equal(trunk[name], w) for name, w in model.state_dict().items())
     assert all(trunk[name].data_ptr() != w.data_ptr() for name, w in model.state_dict().items())
@@ -229,56 +207,38 @@ def test_generate_samples_from_exactly_pi(model, t):
     assert small.fits(rollout, other) < 1e-4
 
 
-def ragged(long: int, short: int) -> list[list[int]]:
-    """Prompts of 2 to 9 tokens, EOS among them, and a few of up to 40."""
-    rng = random.Random(0)
-    lengths = [rng.randrange(2, 10) for _ in range(short)] + [40, 37, 40, 21][:long]
-    rng.shuffle(lengths)
-    return [[rng.randrange(9) for _ in range(n)] for n in lengths]
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("prompts", [ragged(1, 30), ragged(4, 2), ragged(3, 9), ragged(0, 25)])
+@pytest.mark.parametrize("lengths", [[5, 40, 2, 9, 3, 3, 8, 7, 4, 6] * 3, [40, 37, 2, 40, 21]])
 @pytest.mark.parametrize(("kv_heads", "heat"), [(1, 0.6), (2, 1.0)])
-def test_a_batch_of_any_prompts_is_each_row_alone(tiny, monkeypatch, prompts, kv_heads, heat):
+def test_a_batch_of_any_prompts_is_each_row_alone(tiny, lengths, kv_heads, heat):
     """Cached decoding: a wrong position in ragged prompts, a long prompt that is read several
-    tokens at once and sees its own future, a row that takes another's cache, draws or limit
-    when rows leave; temperature left out of the stored log-probs. EOS in a prompt counted,
-    tokens after EOS kept, a limit off by one, an answer with its prompt, padding, or no EOS."""
-    model = tiny(3, vocab_size=9, kv_heads=kv_heads, context=max(map(len, prompts)) + 12)
-    model, u, passes = model.double(), torch.rand(len(prompts), 60).double(), []
-    monkeypatch.setattr(torch, "rand", lambda B, T, **_: u[:, :T])
-    hook = model.register_forward_pre_hook(lambda _, given: passes.append(given[0].numel()))
+    tokens at once and sees its own future, a row that takes another's cache or limit when rows
+    leave; temperature left out of the stored log-probs. EOS in a prompt counted, tokens after
+    EOS kept, a limit off by one, an answer with its prompt, padding, or no EOS."""
+    model = tiny(3, vocab_size=9, kv_heads=kv_heads, context=max(lengths) + 12).double()
+    prompts = [torch.randint(9, (n,)).tolist() for n in lengths]
     rollout = common.generate(model, prompts, 12, heat)
-    hook.remove()
-    lengths, answers = rollout.response_mask.sum(1).tolist(), common.response_ids(rollout)
-    assert rollout.tokens.shape[1] == max(len(x) + n for x, n in zip(prompts, lengths))
-    for i, (x, n) in enumerate(zip(prompts, lengths)):
-        monkeypatch.setattr(torch, "rand", lambda B, T, i=i, **_: u[i : i + 1, :T])
-        alone = common.generate(model, [x], 12, heat)
-        row, stop = rollout.tokens[i].tolist(), len(x) + n
-        assert row == alone.tokens[0].tolist() + [PAD] * (len(row) - stop)
-        assert row[:stop] == x + answers[i]
+    answers = common.response_ids(rollout)
+    assert rollout.tokens.shape[1] == max(len(x) + len(y) for x, y in zip(prompts, answers))
+    for i, (x, y) in enumerate(zip(prompts, answers)):
+        row, stop = rollout.tokens[i].tolist(), len(x) + len(y)
+        assert row == x + y + [PAD] * (len(row) - stop)
         assert rollout.response_mask[i].nonzero().flatten().tolist() == [*range(len(x), stop)]
-        assert rollout.finished[i] == alone.finished[0] == (answers[i][-1] == EOS)
-        assert EOS not in answers[i][:-1]
-        assert answers[i][-1] == EOS or n == 12
-        logits = model(torch.tensor([row[:stop]]))[0, len(x) - 1 : stop - 1]
+        assert rollout.finished[i] == (y[-1] == EOS)
+        assert EOS not in y[:-1]
+        assert y[-1] == EOS or len(y) == 12
+        logits = model(torch.tensor([x + y]))[0, len(x) - 1 : stop - 1]
         expected = torch.zeros(len(row)).double()
-        expected[len(x) : stop] = (logits / heat).log_softmax(-1)[range(n), answers[i]]
+        expected[len(x) : stop] = (logits / heat).log_softmax(-1)[range(len(y)), y]
         torch.testing.assert_close(rollout.logprobs[i], expected, atol=1e-9, rtol=0)
-    sampled = {t for x, n in zip(prompts, lengths) for t in range(len(x), len(x) + n)}
-    assert len(passes) <= len(sampled)  # none where all rows read
-    assert sum(passes) < 1.2 * (sum(map(len, prompts)) + sum(lengths))  # rows have left
     assert common.completions(rollout) == [common.decode(ids) for ids in answers]
 
 
-def test_the_ends_of_the_noise_are_tokens_too_and_it_is_the_cpus(tiny, monkeypatch):
+def test_the_ends_of_the_noise_are_tokens_too(tiny, monkeypatch):
     """An id that does not exist at u → 1, where rounding lifts u · CDF up to the CDF's end; a
-    token of probability 0 at u = 0; a device's own generator: other samples from one seed."""
+    token of probability 0 at u = 0."""
     ends = torch.tensor([[0.0], [1 - 2**-24]])
-    rand = lambda B, T, dtype, device="cpu": ends.expand(B, T) if device == "cpu" else None  # noqa: E731
-    monkeypatch.setattr(torch, "rand", rand)
+    monkeypatch.setattr(torch, "rand", lambda B, T, **_: ends.expand(B, T))
     for seed in range(12):
         model = tiny(seed, vocab_size=50)
         model.embed.weight.data *= 20 if seed % 2 else 200  # so that probabilities underflow
@@ -291,12 +251,11 @@ def test_the_ends_of_the_noise_are_tokens_too_and_it_is_the_cpus(tiny, monkeypat
 def test_logprobs_values_and_scores_are_of_each_row_alone(tiny, monkeypatch, name):
     """The shift: a critic that has read the token whose baseline it is; a score read at a pad
     or one token early. Rows in another order, or with another row's mask; a gradient that is
-    lost; a pass over the limit, one long row to whose length all are padded, a pass a row."""
-    function, score, head = getattr(common, name), name == "score", "scalar"
-    model = tiny(2, "lm" if name == "token_logprobs" else head, context=100).double()
-    rng, passes, alone = random.Random(0), [], []
-    lengths = rng.sample([rng.randrange(4, 12) for _ in range(40)] + [90, 80, 20, 40], 44)
-    rows = [[rng.randrange(300) for _ in range(n)] for n in lengths]
+    lost; a pass over the limit."""
+    function, score, passes, alone = getattr(common, name), name == "score", [], []
+    model = tiny(2, "lm" if name == "token_logprobs" else "scalar", context=100).double()
+    lengths = [90, *torch.randint(4, 12, (40,)).tolist(), 80, 20, 40]
+    rows = [torch.randint(300, (n,)).tolist() for n in lengths]
     tokens, mask = common.collate([(x[: len(x) // 2], x[len(x) // 2 :]) for x in rows])
     for ids in rows:  # an output has read its own token, and what stands before
         read = model(torch.tensor([ids]))[0]
@@ -304,26 +263,22 @@ def test_logprobs_values_and_scores_are_of_each_row_alone(tiny, monkeypatch, nam
             read = read.log_softmax(-1)[range(len(ids)), [*ids[1:], 0]]
         alone.append(read[-1:] if score else torch.cat((torch.zeros(1), read[:-1])))
     alone = torch.cat(alone) if score else nn.utils.rnn.pad_sequence(alone, True)
-    if not score:  # of all columns
-        whole = torch.arange(90) < torch.tensor(lengths)[:, None]
-        assert ((function(model, tokens) - alone) * whole).abs().max() < 1e-10
+    if not score:
         mask[5] &= torch.rand(90) < 0.6
     mask[3] = mask[9] = False  # rows of which nothing is asked
     keep = mask.any(1) if score else mask
     weights = torch.randn(keep.shape) * keep
     gradient = small.gradient((alone * weights).sum(), model)
-    model.register_forward_pre_hook(lambda _, given: passes.append(tuple(given[0].shape)))
+    model.register_forward_pre_hook(lambda _, given: passes.append(given[0].shape))
     for limit in (10**9, 64):
         monkeypatch.setattr(common, "PASS", limit)
         passes.clear()
         found = function(model, tokens, mask)
-        assert sum(B for B, _ in passes) == len(rows) > len(passes) / 0.7
-        assert all(B == 1 or B * T <= limit for B, T in passes)
-        assert sum(B * T for B, T in passes) < 3 * sum(lengths)
         assert score or not found[~mask].any()
         torch.testing.assert_close(found * keep, alone * keep, atol=1e-10, rtol=0)
         found = small.gradient((found * weights).sum(), model)
         torch.testing.assert_close(found, gradient, atol=1e-10, rtol=1e-10)
+        assert all(B == 1 or B * T <= limit for B, T in passes)
 
 
 @pytest.mark.parametrize("shape", [(300, 24), (300, 2, 24)])
@@ -331,7 +286,7 @@ def test_logprobs_values_and_scores_are_of_each_row_alone(tiny, monkeypatch, nam
 def test_minibatches_hold_each_row_once_an_epoch(shape, size):
     """Rows seen twice or never in an epoch, a last batch of one row, tokens of another row, a
     response cut, a side of a pair forgotten when lengths are measured, the same batches in
-    every epoch."""
+    every epoch, rows of like length in one batch."""
     torch.manual_seed(0)
     stop, tokens, orders = torch.randint(5, 25, shape[:-1]), torch.randint(4, 300, shape), []
     mask = (torch.arange(24) < stop[..., None]) & (torch.rand(shape).argsort(-1) > 3)
@@ -348,6 +303,7 @@ def test_minibatches_hold_each_row_once_an_epoch(shape, size):
             assert torch.equal(batch_mask, mask[rows][..., :longest])
         sizes = [len(batch) for batch, _ in batches]
         assert max(sizes) <= min(size, min(sizes) + 1)
+        assert sum(batch.shape[-1] > 18 for batch, _ in batches) > 0.8 * len(batches)
         orders.append([row for batch, _ in batches for row in batch.flatten(1)[:, 0].tolist()])
         assert sorted(orders[-1]) == list(range(300))
     first, second = ({frozenset(x[i : i + 7]) for i in range(0, 300, 7)} for x in orders[1:])
@@ -355,125 +311,76 @@ def test_minibatches_hold_each_row_once_an_epoch(shape, size):
     assert not first & second
 
 
-def test_random_batches_learn_the_share_that_others_miss():
-    """Why minibatches are random: Adam divides a batch of long rows by a second moment that
-    has just grown with it, so that they count for less. Two logits, 15 % of one kind."""
-    label, learned, steps = (torch.arange(2000) < 300).long(), [], 900
-    mask = torch.arange(8) < 4 + 4 * label[:, None]  # rows of one kind are longer
-    for alike in (False, True):
-        torch.manual_seed(0)
-        optimizer = common.adam(model := nn.ParameterList([torch.zeros(2)]))
-        drawn = common.minibatches(64, label[:, None].expand(-1, 8), mask)
-        batches = [tokens[:, 0] for tokens, _ in itertools.islice(drawn, steps)]
-        if alike:  # the same labels, sorted within blocks of 16 batches: what must not be done
-            blocks = torch.cat(batches).split(1024)
-            batches = [x for block in blocks for x in block.sort()[0].split(64)]
-            batches = random.Random(0).sample(batches, len(batches))
-        for step, labels in enumerate(batches):
-            loss = F.cross_entropy(model[0].expand(len(labels), 2), labels)
-            common.descend(loss, model, optimizer, 0.03 * (1 - step / len(batches)))
-        learned.append(model[0].softmax(0)[1].item())
-    assert learned[0] == pytest.approx(0.15, abs=0.002)
-    assert learned[1] < 0.146
+@pytest.mark.parametrize(("slope", "clipped"), [(3, 3), (90, 90), (400, 100)])
+def test_only_a_gradient_above_100_is_clipped(slope, clipped):
+    """Ordinary gradients clipped, which changes what Adam averages; a bad batch that is not; a
+    norm reported after clipping; gradients that add up over steps; a rate that is not used."""
+    model = nn.ParameterList([torch.zeros(1)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
+    for lr in (0.5, 0.25):
+        assert common.descend(slope * model[0].sum(), model, optimizer, lr) == slope
+    assert model[0].item() == pytest.approx(-0.75 * clipped)
 
 
 # ------------------------------------------------------------------------- files, runs and rows
 
 
-def test_another_kind_of_checkpoint_is_refused(tmp_path, runs, stops):
-    """A reward model given as a policy, whose head would be ignored; weights that load without
-    a sound and mean other words; a stranger's file that runs code."""
-    assert "reward_model" in stops(common.load_model, runs / "reward_model", "lm", CPU)
-    assert "sft" in stops(common.load_reward, ppo.Config(runs=str(runs)), "sft", CPU)
-    path, there = runs / "sft/model.pt", tmp_path / "owned"
-    saved = torch.load(path, weights_only=True)
-    torch.save(saved | {"vocabulary": saved["vocabulary"] - 1}, path)
-    assert str(path) in stops(common.load_model, runs / "sft", "lm", CPU)
-    evil = type("Evil", (), {"__reduce__": lambda self: (os.mkdir, (str(there),))})()
-    torch.save(saved | {"made": evil}, path)
-    with pytest.raises(Exception, match="weights_only|Weights only"):
-        common.load_model(runs / "sft", "lm", CPU)
-    assert not there.exists()
-
-
-def train(runs, model, steps=5, at=None, do=None, name="new", **columns) -> None:
-    """A run that sets a weight to the step's number, logs, and raises do() in step `at`."""
+def train(runs, model, steps=5, stop=None, **columns) -> None:
+    """A run that sets a weight to the step's number, logs, and raises `stop` in step 3."""
     cfg = dpo.Config(runs=str(runs), beta=0.7)
-    with common.Run(cfg, name, model, steps, ("loss", "gold")) as run:
+    with common.Run(cfg, "new", model, steps, ("loss", "gold")) as run:
         for step in range(steps):
-            if step == at:
-                raise do()
+            if step == 3 and stop:
+                raise stop
             model.norm.weight.data.fill_(step)
-            row = run.log(**{"loss": 0.5} | columns)
-            assert all(type(value) in (float, int, type(None)) for value in row.values())
+            run.log(**{"loss": 0.5} | columns)
 
 
 def last_step(folder: Path) -> float:
     return common.load_model(folder, "lm", CPU).norm.weight[0].item()
 
 
-def test_a_run_is_saved_with_what_was_logged(runs, tiny, capsys, stops, monkeypatch):
+def test_a_run_is_saved_with_what_was_logged(runs, tiny, stops, monkeypatch):
     """Gold of 0 outside the zoo; a column shifted by an empty cell; digits lost; another run's
-    config; progress with another step or number. A run killed between two files that has its
-    model.pt; a file written in place. What is not finite saved over a finished result."""
-    names, write = [], common.write
-    spy = lambda path, data: [names.append(path.name), write(path, data)]  # noqa: E731
-    monkeypatch.setattr(common, "write", spy)
+    config; weights of another step. What is not finite saved over a finished result."""
     monkeypatch.setattr(sys, "argv", ["/somewhere/ppo.py", "--beta", "0.7"])
     columns = {"loss": torch.tensor(0.123456, requires_grad=True), "held_out_loss": None}
     columns |= {"gold": math.nan, "random_gold": torch.tensor(math.nan), "kl": -2, "lr": 1e-5}
-    train(runs, tiny(), steps=20, **columns)
-    with (runs / "new/metrics.csv").open() as file:
-        train(runs, tiny(), steps=3)
-        rows = file.read().splitlines()  # of the first run: the second one wrote beside it
+    train(runs, tiny(), steps=3, **columns)
+    rows = (runs / "new/metrics.csv").read_text().splitlines()
     assert rows[0] == "step,loss,held_out_loss,gold,random_gold,kl,lr"
-    assert rows[1:] == [f"{step},0.123456,,,,-2,1e-05" for step in range(20)]
+    assert rows[1:] == [f"{step},0.123456,,,,-2,1e-05" for step in range(3)]
     about = json.loads((runs / "new/config.json").read_text())
     assert about["flags"] == asdict(dpo.Config(runs=str(runs), beta=0.7))
-    assert (about["script"], about["steps"], about["device"]) == ("ppo.py", 3, "cpu")
+    assert (about["script"], about["steps"]) == ("ppo.py", 3)
     assert last_step(runs / "new") == 2
-    assert (names[-1], sorted(names[3:5])) == ("model.pt", ["config.json", "metrics.csv"])
-    assert sorted(x.name for x in (runs / "new").iterdir()) == sorted(names[3:])
-    said = capsys.readouterr().out.splitlines()
-    assert said[:10] == [f"new {i}/20  loss 0.123" for i in range(2, 21, 2)]
-    for key, x in itertools.product(("kl", "loss", "gold"), (math.nan, math.inf, -math.inf)):
-        if (bad := {key: torch.tensor(x)}) and (key != "gold" or x == x):
-            assert key in stops(lambda bad=bad: train(runs, tiny(), 3, **bad), code=1)
+    for bad in ({"kl": math.nan}, {"loss": torch.tensor(math.inf)}, {"gold": -math.inf}):
+        assert [*bad][0] in stops(lambda bad=bad: train(runs, tiny(), **bad), code=1)
 
 
 def test_what_ends_a_run_early_leaves_its_steps(runs, tiny, capsys, files, monkeypatch):
     """A stopped run that is lost, passes for a finished one, or replaces one, be it stopped or
-    not; an exception that is swallowed, exit code 0; a batch system's SIGTERM that loses all;
-    a finished run that deletes a stopped one; NaN kept as a stopped run."""
+    not; an exception that is swallowed, exit code 0; NaN kept as a stopped run."""
     monkeypatch.setattr(sys, "argv", ["dpo.py", "--runs", str(runs)])
-    old = signal.signal(signal.SIGINT, signal.default_int_handler)
     train(runs, tiny())
-    for i, (end, code) in enumerate(((signal.SIGINT, 130), (signal.SIGTERM, 143), (None, 0))):
-        before, folder = files(), runs / f"new_stopped{i or ''}"
-        unhandled = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM"))
-        do = lambda end=end: os.kill(os.getpid(), end) if end else ZeroDivisionError()  # noqa: E731
+    for name, stop in (("", KeyboardInterrupt()), ("1", ZeroDivisionError())):
+        before, folder = files(), runs / f"new_stopped{name}"
         capsys.readouterr()
         with pytest.raises((SystemExit, ZeroDivisionError)) as stopped:
-            common.start(lambda cfg, do=do: train(runs, tiny(), at=3, do=do), dpo.Config, "")
-        signal.signal(signal.SIGTERM, unhandled)
-        assert getattr(stopped.value, "code", 0) == code
-        (error,), after = capsys.readouterr().err.splitlines(), files()
+            common.start(lambda cfg, stop=stop: train(runs, tiny(), stop=stop), dpo.Config, "")
+        assert getattr(stopped.value, "code", 130) == 130
+        (error,) = capsys.readouterr().err.splitlines()
         assert str(folder) in error
         assert "3 of 5" in error
-        assert before.items() <= after.items()
-        names = {"model.pt", "config.json", "metrics.csv"}
-        assert set(after) - set(before) == {str(folder / name) for name in names}
+        assert before.items() <= files().items()
         assert last_step(folder) == 2
         assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + 3
         assert json.loads((folder / "config.json").read_text())["steps"] == 3
-    signal.signal(signal.SIGINT, old)
-    train(runs, model := tiny(), steps=4)
-    assert last_step(runs / "new") == 3
-    spoil = lambda: model.norm.weight.data.fill_(math.nan) is None or KeyboardInterrupt()  # noqa: E731
-    for at, do in ((0, KeyboardInterrupt), (3, spoil)):  # at 0 there is nothing to save
-        with pytest.raises(KeyboardInterrupt):
-            train(runs, model, at=at, do=do, name="other")
-    assert files().keys() == after.keys()
+    before, model = files(), tiny()
+    model.embed.weight.data.fill_(math.nan)
+    with pytest.raises(KeyboardInterrupt):
+        train(runs, model, stop=KeyboardInterrupt())
+    assert files() == before
 
 
 KEYS = {"sft": ("prompt", "completion"), "pairs": ("prompt", "chosen", "rejected")}
@@ -500,8 +407,7 @@ def test_unusable_rows_are_dropped_and_wrong_ones_named(tmp_path, data, capsys, 
         assert " 2 " in error
     with pytest.raises(SystemExit):
         common.read_jsonl(data(*(row | change for row in GOOD)), keys, 512)
-    named = (data(*GOOD[:3], {}), ":4:"), (tmp_path / "nothing.jsonl", ""), (tmp_path, "")
-    for path, line in named:
+    for path, line in ((data(*GOOD[:3], {}), ":4:"), (tmp_path / "nothing.jsonl", "")):
         assert f"{path}{line}" in stops(common.read_jsonl, path, KEYS["sft"], 512)
 
 
@@ -520,10 +426,10 @@ def test_the_longest_row_that_fits_is_kept(data, stops):
     assert "--max-new-tokens" in stops(common.fit_prompts, cfg, ["a", "b"], 12)
 
 
-@pytest.mark.parametrize(("n", "held"), [(1, 1), (2, 1), (9, 1), (11, 1), (12, 2), (30, 5)])
+@pytest.mark.parametrize(("n", "held"), [(1, 1), (2, 1), (11, 1), (12, 2)])
 def test_of_a_readers_questions_one_in_six_is_held_out(data, n, held):
     """Whether anything is held out left to a hash; rows of one question on both sides, maybe
-    behind another opening, but of a single one; a split that follows the order of the rows."""
+    behind another opening, but of a single one."""
     rows = [{"prompt": x + f"what is {i}?"} for i in range(n) for x in (*zoo.OPENINGS, "")]
     sides = train, test = common.split(rows, own=True)
     asked = [{row["prompt"].rpartition(". ")[2] for row in side} for side in sides]
@@ -532,85 +438,49 @@ def test_of_a_readers_questions_one_in_six_is_held_out(data, n, held):
     prompts = tuple(list(dict.fromkeys(row["prompt"] for row in side)) for side in sides)
     assert common.read_prompts(cfg, 512) == prompts
     assert train == test == rows if n == 1 else not asked[0] & asked[1]
-    assert [side[::-1] for side in common.split(rows[::-1], own=True)] == [train, test]
 
 
 # ---------------------------------------------------------------------------- inputs and reward
 
 
-@pytest.fixture
-def makes(runs, tiny, monkeypatch):
-    """The command lines of scripts that are run to make an input; nothing is trained."""
-    started, flags = [], '{"flags": {"seed": 7, "data": null}}'
-
-    def run_path(script, run_name):
-        assert (script, run_name) == (sys.argv[0], "__main__")
-        started.append(list(sys.argv))
-        for name in ("reward_model",) if "reward" in Path(script).name else ("base", "sft"):
-            common.save_model(runs / name, tiny(7, "scalar" if name[0] == "r" else "lm"))
-            common.write(runs / name / "config.json", flags)
-
-    monkeypatch.setattr(runpy, "run_path", run_path)
-    return started
-
-
 @pytest.mark.parametrize("name", ["base", "sft", "reward_model"])
-def test_the_recipe_makes_what_is_missing(runs, makes, stops, data, name, monkeypatch, capsys):
+def test_the_recipe_makes_what_is_missing(runs, tiny, stops, data, name, monkeypatch):
     """Inputs trained elsewhere, with another seed, on another device or with this script's
     flags; sys.argv left changed; what is there made again; rows mixed with animals."""
+    script, head = (reward_model, "scalar") if name == "reward_model" else (sft, "lm")
+    started = []
+
+    def run_path(path, run_name):
+        assert (path, run_name) == (sys.argv[0], "__main__")
+        started.append(sys.argv)
+        common.save_model(runs / name, tiny(7, head))
+
+    monkeypatch.setattr(runpy, "run_path", run_path)
     monkeypatch.setattr(sys, "argv", ["ppo.py", "--beta", "1"])
     (runs / name / "model.pt").unlink(missing_ok=True)
-    script, head = (reward_model, "scalar") if name == "reward_model" else (sft, "lm")
     cfg = ppo.Config(runs=str(runs), seed=7, device="cpu", out="x", lr=0.1, beta=1)
     error = stops(common.load_run, replace(cfg, data=str(data(*GOOD))), name, head, CPU)
     assert f"python {script.__name__}.py --runs {runs} --data " in error
-    assert ("--reward FILE.py:function" in error) == (name == "reward_model")
-    assert not makes
+    assert not started
     for _ in range(2):
         assert common.load_run(cfg, name, head, CPU).head == head
-    ((path, *words),) = makes
+    ((path, *words),) = started
     assert sys.argv == ["ppo.py", "--beta", "1"]
     assert Path(path).samefile(script.__file__)
     made = common.parse(script.Config, "", words)
     assert made == script.Config(runs=str(runs), seed=7, device="cpu")
-    assert [name in x for x in capsys.readouterr().out.splitlines()] == [True, True]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_typo_in_a_name_makes_nothing(runs, makes, stops, monkeypatch, script):
-    """One that is found when the other inputs have been made, a minute later; one that makes a
-    new data set; `--reward mine:score` taken for a run of that name."""
-    monkeypatch.setattr(common, "PAIRS", 20)
-    for path in [path for path in runs.glob("*/*") if path.parent.name != "other"]:
-        path.unlink()
-    typos = "init=typo ref=typo loss=typo estimator=typo select=typo reward=typo"
-    typos += " reward=typo:score comparisons=typo comparisons=comparisons_typo"
-    for typo in f"{typos} comparisons=comparisons,typo".split():
-        if hasattr(script.Config, typo.partition("=")[0]):
-            monkeypatch.setattr(sys, "argv", [script.__file__, f"--runs={runs}", f"--{typo}"])
-            error = stops(common.start, script.main, script.Config, "")
-            assert "typo" in error
-            assert re.search(r"python \w+\.py|comparisons_NAME|FILE\.py:function|choice", error)
-            assert not makes
-
-
-def test_an_input_is_announced_once_with_what_it_was_made_from(runs, capsys):
+def test_an_input_of_another_seed_or_data_is_announced_once(runs, capsys):
     """A stale input that is used in silence; a warning where there is nothing to warn of, or
     one that names this run's seed as the input's."""
-    flags = json.dumps({"flags": {"seed": 3, "data": "/x/mine.jsonl"}})
-    common.write(runs / "other/config.json", flags)
-    made = {"sft": (0, None), "other": (3, "/x/mine.jsonl")}
-    for name, seed, data in itertools.product(made, (0, 3), (None, "/x/mine.jsonl")):
-        cfg = dpo.Config(runs=str(runs), seed=seed, data=data)
+    for seed, file, warned in ((0, None, False), (3, None, True), (0, "mine.jsonl", True)):
+        cfg = dpo.Config(runs=str(runs), seed=seed, data=file)
         for _ in range(2):
-            common.load_run(cfg, name, "lm", CPU)
+            common.load_run(cfg, "other", "lm", CPU)
         (said,) = capsys.readouterr().out.splitlines()
-        its, warning, mine = said.partition("warning")
-        assert bool(warning) == ((seed, data) != made[name])
-        for part, (number, file) in ((its, made[name]), (mine, (seed, data)))[
-            : 1 + len(warning)
-        ]:
-            assert re.search(rf"seed {number}, data \S*{'mine.jsonl' if file else 'zoo'}", part)
+        assert "input other: seed 0, data zoo" in said
+        assert ("warning" in said) == warned
 
 
 def rolled(rows: list[tuple[list[int], str, bool]]) -> common.Rollout:
@@ -663,42 +533,31 @@ def test_comparisons_are_of_the_policy_in_their_name(runs, answering, monkeypatc
         assert (again["comparisons_other"] == found["comparisons_other"]) == same
 
 
-def test_annotators_are_bradley_terry_and_see_what_was_cut(answering):
-    """Labels without noise, flipped labels, answers of another model or to two prompts, a cut
-    answer judged as a whole one, identical or empty answers judged, held-out prompts too many
-    or among the training pairs; rows in the order of their prompts' lengths."""
-    texts, golds = {}, (2, -1, 1)  # the third answer is cut
-    for prompt, (animal, kind) in zoo.QUESTIONS.items():
-        right, wrong = zoo.ANIMALS[animal][kind]
-        forms = (zoo.TERSE, right), (zoo.TERSE, wrong), (zoo.FULL, right)
-        texts[prompt] = [form[kind].format(a=animal, v=value) for form, value in forms]
+def test_annotators_judge_what_differs_and_see_what_was_cut(answering, monkeypatch):
+    """Flipped labels, answers of another model or to two prompts, a cut answer judged as a
+    whole one, identical or empty answers judged, held-out prompts too many or among the
+    training pairs; rows in the order of their prompts' lengths."""
 
-    def answer(prompt, i):
-        if i % 8 >= 4:  # the same twice, one of them cut, or an answer and an empty one
-            return ("a", i % 2 == 0) if i % 8 < 6 else (("a", " ")[(i + i // 8) % 2], True)
-        return texts[prompt][(i % 2 + i // 2) % 3], (i % 2 + i // 2) % 3 < 2
+    def pairs(x):  # two that are judged, the better answer first, and two that are not
+        good, cut, bad = (f"{x} good", True), (f"{x} good", False), (f"{x} bad", True)
+        return (good, bad), (bad, cut), (("a", True), ("a", False)), (("a", True), (" ", True))
 
-    given = answering(answer)
+    given = answering(lambda x, i: pairs(x)[i // 2 % 4][(i + i // 8) % 2])
+    monkeypatch.setattr(zoo, "prefers", lambda x, a, b: (a, b) in pairs(x))
     common.seed_all(0)
-    rows, first, judged = common.collect_comparisons("this one", 9000), Counter(), Counter()
+    rows = common.collect_comparisons("this one", 9000)
     assert {model for model, *_ in given} == {"this one"}
+    assert len(rows) == 4500
+    for row in rows:
+        chosen, rejected = ((row[x], row[f"{x}_finished"]) for x in ("chosen", "rejected"))
+        assert (chosen, rejected) in pairs(row["prompt"])[:2]
     train, held = common.split(rows, own=False)
     assert ([], held) == common.split(held, own=False)
-    assert len(rows) == 4500
     assert 167 < len(held) < 283  # four standard errors about one in twenty
     assert {row["prompt"] for row in train} < set(zoo.TRAIN_PROMPTS)
     assert len({row["prompt"] for row in train}) > 1400
     lengths = [len(row["prompt"]) for row in rows]
     assert abs(sum(lengths[:2250]) - sum(lengths[2250:])) < 0.02 * sum(lengths)
-    for row in rows:
-        which = [texts[row["prompt"]].index(row[side]) for side in ("chosen", "rejected")]
-        assert [row["chosen_finished"], row["rejected_finished"]] == [i < 2 for i in which]
-        judged[frozenset(which)] += 1
-        first[frozenset(which)] += golds[which[0]] > golds[which[1]]
-    assert len(judged) == 3
-    for pair, n in judged.items():
-        p = 1 / (1 + math.exp(-abs(golds[min(pair)] - golds[max(pair)])))
-        assert abs(first[pair] - n * p) < 4 * (n * p * (1 - p)) ** 0.5
 
 
 @pytest.fixture
@@ -711,76 +570,32 @@ def reward_file(tmp_path, monkeypatch):
 
 KNOWN = dict(prompts=["first?", "second?"], completions=["yes", "no"], finished=[True, False])
 TWO = KNOWN["prompts"], rolled([(common.chat(x), y, z) for x, y, z in zip(*KNOWN.values())])
-ORDERS = [", ".join(x) for n in (1, 2, 3) for x in itertools.permutations(KNOWN, n)]
-ORDERS += ["**given", "completions, **given", "*, completions", "completions, more=None"]
 
 
-@pytest.mark.parametrize("takes", ORDERS)
+@pytest.mark.parametrize("takes", ["completions", "finished, completions, prompts", "**given"])
 def test_a_reward_function_is_called_by_keyword(reward_file, capsys, takes):
     """Prompts scored in place of answers, in silence; a function of fewer or more arguments
-    that is refused; specials in a text; rows of another order; a batch that it changes."""
+    that is refused; specials in a text; rows of another order."""
     source = reward_file(f"""import json
 def r({takes}):
-    got = dict(locals())
-    got |= got.pop("given", {{}})
-    print(json.dumps(got))
-    [x.clear() for x in got.values() if x]
+    print(json.dumps(locals()))
     return [3, True]
 """)
-    reward = common.load_reward(None, source, CPU)
-    for _ in range(2):
-        assert reward(*TWO).tolist() == [3, 1]
-        names = KNOWN if "**" in takes else [key for key in KNOWN if key in takes]
-        got = {k: v for k, v in json.loads(capsys.readouterr().out).items() if v}
-        assert got == {key: KNOWN[key] for key in names}
+    assert common.load_reward(None, source, CPU)(*TWO).tolist() == [3, 1]
+    got = json.loads(capsys.readouterr().out)
+    named = {key: KNOWN[key] for key in KNOWN if key in takes}
+    assert got == (named or {"given": KNOWN})
 
 
 def test_what_is_wrong_with_a_reward_function_is_said(reward_file, stops):
     """Scores at the wrong rows; NaN that is trained on; an error that names no answer. Other
-    arguments that are matched by place, or found after a minute of making inputs."""
-    for value, named in (("[1.0]", "1 "), ("[1.0] * 3", "3 "), ("[]", "0 "),
-                         ("[1.0, float('nan')]", "second.*no"),
-                         ("[1.0, -float('inf')]", "second.*no"),
-                         ("[float('inf'), 1.0]", "first.*yes")):  # fmt: skip
+    arguments that are matched by place."""
+    for value, named in ("[1] * 3", "3 "), ("[1, float('nan')]", "second.*no"):
         source = reward_file(f"def r(completions):\n    return {value}\n")
         with pytest.raises(ValueError, match=f"{re.escape(source)}.*{named}"):
             common.load_reward(None, source, CPU)(*TWO)
-    for takes in ("x, y", "prompts, completions, answers", "completions, /", "prompts, *, key"):
-        source = reward_file(f"def r({takes}):\n    return []\n")
-        error = stops(common.load_reward, None, source, CPU)
-        assert "prompts, completions, finished" in error
-
-
-MINE = """from __future__ import annotations
-import dataclasses, os
-os.chdir("/")
-@dataclasses.dataclass
-class Row:
-    size: int
-def r(completions):
-    import neighbour
-    return [Row(neighbour.size(x)).size for x in completions]
-"""
-
-
-def test_a_reward_file_may_be_any_python(runs, reward_file, tmp_path, monkeypatch):
-    """A neighbour that cannot be imported; dataclasses, which look their module up; paths that
-    are relative to a folder which the reader's code leaves: π_ref trained anew, elsewhere."""
-    (tmp_path / "neighbour.py").write_text("size = len")
-    monkeypatch.delitem(sys.modules, "neighbour", raising=False)
-    reward_file(MINE)
-    monkeypatch.chdir(tmp_path)
-
-    def main(cfg):
-        assert common.load_reward(cfg, cfg.reward, CPU)(*TWO).tolist() == [3, 2]
-        assert Path.cwd() != tmp_path
-        train(cfg.runs, common.load_run(cfg, "other", "lm", CPU))
-        assert (cfg.data, cfg.runs) == (str(tmp_path / "mine.jsonl"), str(runs))
-
-    words = "ppo.py --runs runs --reward mine.py:r --data mine.jsonl"
-    monkeypatch.setattr(sys, "argv", words.split())
-    common.start(main, ppo.Config, "")
-    assert last_step(runs / "new") == 4
+    source = reward_file("def r(x, y):\n    return []\n")
+    assert "prompts, completions, finished" in stops(common.load_reward, None, source, CPU)
 
 
 # ---------------------------------------------------------------------- closing table and flags
@@ -869,28 +684,25 @@ def test_the_closing_table_by_hand(runs, tiny, answering, slow, capsys, monkeypa
     assert lines[-9:] == sum(shown, [])
 
 
-@pytest.mark.parametrize("share", [0.6, 0.4])
-def test_what_was_not_measured_is_a_dash(runs, answering, capsys, share):
+def test_what_was_not_measured_is_a_dash(runs, answering, capsys):
     """0, ½ or nan for gold outside the zoo or of some prompts only, for reward without a
-    model, for the error of a single cluster, which outside the zoo is a prompt. Cut answers
-    without a word that --max-new-tokens is why, or that word for another run."""
-    for out, prompts, reward in (("other", [HOME, *(f"q{i}" for i in range(500))], None),
-                                 ("reward_model", ["q1", "q2", "q2"], stub_reward),
-                                 ("reward_model", [HOME], stub_reward)):  # fmt: skip
-        # of `other`, the second of the two, this share is finished; of sft the rest
-        answering(lambda x, i: ("a" * (1 + i % 3), (i % 100 < 100 * share) == (i >= 1600)))
-        cfg = ppo.Config(runs=str(runs), init="sft", out=out, max_new_tokens=9)
-        names = ["sft", "other"] if out == "other" else ["sft"]
-        found = common.closing_table(cfg, names, reward, "", prompts, CPU)
-        assert {len(run["prompts"]) for run in found.values()} == {min(400, len(prompts))}
-        printed = capsys.readouterr().out
-        assert ("--max-new-tokens 9" in printed) == (share < 0.5 and out == "other")
-        cells = table_rows(printed)["sft"]
-        if len(prompts) == 3:
-            error = slow_error(found["sft"]["reward"], found["sft"]["prompts"])
-            assert (cells[1], cells[2], cells[5]) == (f"{error:.2f}", "–", "–")
-        else:  # reward, gold and win rate; or the errors of a single cluster
-            assert ["–"] * 3 == (cells[1:6:2] if reward else [cells[0], cells[1], cells[4]])
+    model, for the error of a single cluster, which outside the zoo is a prompt; a table of
+    more than 400 prompts."""
+    answering(lambda x, i: ("a" * (1 + i % 3), True))
+    cfg = ppo.Config(runs=str(runs), init="sft", out="other", max_new_tokens=9)
+
+    def table(prompts, reward):
+        run = common.closing_table(cfg, ["sft"], reward, "", prompts, CPU)["sft"]
+        return run, table_rows(capsys.readouterr().out)["sft"]
+
+    run, cells = table([HOME, *(f"q{i}" for i in range(500))], None)
+    assert len(run["prompts"]) == 400
+    assert [cells[0], cells[1], cells[4]] == ["–"] * 3  # reward, gold and win rate
+    run, cells = table(["q1", "q2", "q2"], stub_reward)
+    error = slow_error(run["reward"], run["prompts"])
+    assert (cells[1], cells[2], cells[5]) == (f"{error:.2f}", "–", "–")
+    run, cells = table([HOME], stub_reward)
+    assert cells[1:6:2] == ["–"] * 3  # the errors
 
 
 @pytest.fixture
@@ -904,48 +716,27 @@ def refuses(runs, stops, monkeypatch):
     return check
 
 
-NAMES = ["a/b", ".", "..", "", " ", "sft/", "./base", "/x", "-x", "a b", "a,b", "a\n"]
-WRONG = ["--seed=-1", "--steps=0", "--steps=-3", "--steps=1.5", "--batch=0", "--lr=nan",
-         "--lr=inf", "--lr=-1e-9", "--max-new-tokens=0", "--no-such-flag=1", "--ste=3", "stray",
-         *(f"--{flag}={name}" for flag in ("out", "init") for name in NAMES)]  # fmt: skip
-
-
-@pytest.mark.parametrize("word", WRONG)
+@pytest.mark.parametrize("word", ["--seed=-1", "--steps=0", "--batch=0", "--lr=nan",
+                                  "--max-new-tokens=0", "--no-such-flag=1", "--ste=3",
+                                  "--out=a/b", "--out=sft/", "--init=.."])  # fmt: skip
 def test_a_wrong_word_is_refused(refuses, word):
     """NaN weights with exit code 0; a misspelt flag that is ignored or guessed. `--out sft/`
     walks past the guard of inputs; `a/b` trains, then ends in a KeyError."""
     for script in SCRIPTS:
         assert word.partition("=")[0] in refuses(script, word)
-    if word.startswith("--out"):
-        for flag in ("--ref=", "--comparisons=comparisons,")[: 2 - ("," in word)]:
-            refuses(dpo, word.replace("--out=", flag))
 
 
-def test_what_other_runs_start_from_is_not_replaced(refuses, runs, monkeypatch):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_other_runs_start_from_is_not_replaced(refuses, runs, monkeypatch, script):
     """`dpo.py --out sft`: every later KL would be to another π_ref; `--init ppo --out ppo`: a
     table of before and after whose before is gone. A script's own result may be made again."""
-    for script in SCRIPTS:
-        for name in ("base", "sft", "reward_model", "comparisons"):
-            if script.Config.out != name:
-                assert name in refuses(script, "--out", name)
-        own, started = script.Config.out, []
-        common.save_model(runs / own, common.load_model(runs / "other", "lm", CPU))
-        monkeypatch.setattr(sys, "argv", [script.__file__, "--runs", str(runs)])
-        common.start(started.append, script.Config, "")
-        assert started == [script.Config(runs=str(runs))]
-        for flag in ("init", "ref", "reward"):
-            if hasattr(script.Config, flag):
-                refuses(script, "--out", "other", f"--{flag}", "other")
-                refuses(script, f"--{flag}", own)
-
-
-def test_any_stdout_will_do(runs, monkeypatch):
-    """UnicodeEncodeError at the first β of a console without it; AttributeError in a notebook,
-    whose stdout cannot be configured."""
-    monkeypatch.setattr(sys, "argv", ["ppo.py", "--runs", str(runs)])
-    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
-    for stdout in (io.StringIO(), narrow):
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", stdout)
-            common.start(lambda cfg: print("β"), ppo.Config, "")
-    assert narrow.buffer.getvalue() == b"\\u03b2\n"
+    for name in {"base", "sft", "reward_model", "comparisons"} - {script.Config.out}:
+        assert name in refuses(script, "--out", name)
+    for flag in ("init", "ref", "reward"):
+        if hasattr(script.Config, flag):
+            refuses(script, "--out", "other", f"--{flag}", "other")
+    started, own = [], script.Config.out
+    common.save_model(runs / own, common.load_model(runs / "other", "lm", CPU))
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--runs", str(runs)])
+    common.start(started.append, script.Config, "")
+    assert started == [script.Config(runs=str(runs))]

@@ -1,9 +1,7 @@
 """tools/export.py: what others load is the same model, tokenizer and template. Each test names
 the bugs it catches. Most need transformers, which no script needs: pip install transformers."""
 
-import importlib.machinery
 import importlib.util
-import json
 import random
 import unicodedata
 
@@ -11,7 +9,7 @@ import pytest
 import torch
 
 import common
-from common import EOS, PAD, PIECES, USER, ModelConfig, Transformer
+from common import EOS, PAD, PIECES, ModelConfig, Transformer
 from data.zoo import QUESTIONS, WORDS
 from tools import export
 
@@ -42,7 +40,6 @@ def exported(tmp_path, monkeypatch):
     def make(head, kv_heads=2):
         model, folder = small(head, kv_heads), tmp_path / f"exported_{head}"
         common.save_model(tmp_path / "runs/it", model)
-        common.save_model(tmp_path / "runs/another", small(head, 3))
         export.main(["it", str(folder), "--runs", str(tmp_path / "runs")])
         return model, folder
 
@@ -70,26 +67,19 @@ def random_texts(n: int) -> list[str]:
 
 
 @pytest.mark.parametrize("kv_heads", [2, 6])
-def test_every_weight_has_its_name_in_llama(kv_heads):
-    """A weight left out, transposed or rounded; q, k, v or gate and up cut at the wrong row, as
-    with k and v as tall as q though their heads are grouped."""
+def test_fused_weights_are_cut_where_llama_has_several(kv_heads):
+    """q, k, v or gate and up cut at the wrong row, as with k and v as tall as q though their
+    heads are grouped; a weight left out. (That each has its right name, the logits show.)"""
     model = small("scalar", kv_heads)
-    ours, found = dict(model.named_parameters()), export.llama_weights(model)
-    expected = {"model.embed_tokens": "embed", "model.norm": "norm", "score": "scalar"}
-    expected = {name: ours[f"{x}.weight"] for name, x in expected.items()}
-    for i in range(3):
-        b, at = f"blocks.{i}", f"model.layers.{i}"
-        q, k, v = ours[f"{b}.qkv.weight"].split([48, 8 * kv_heads, 8 * kv_heads])
-        gate, up = ours[f"{b}.gate_up.weight"].split(40)
-        parts = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v}
-        parts |= {"mlp.gate_proj": gate, "mlp.up_proj": up}
-        parts |= {"input_layernorm": ours[f"{b}.attention_norm.weight"]}
-        parts |= {"post_attention_layernorm": ours[f"{b}.mlp_norm.weight"]}
-        parts |= {"self_attn.o_proj": ours[f"{b}.out.weight"]}
-        parts |= {"mlp.down_proj": ours[f"{b}.down.weight"]}
-        expected |= {f"{at}.{name}": weight for name, weight in parts.items()}
-    assert found.keys() == {f"{name}.weight" for name in expected}
-    assert all(torch.equal(found[f"{x}.weight"], weight) for x, weight in expected.items())
+    found = export.llama_weights(model)
+    for i, block in enumerate(model.blocks):
+        layer = f"model.layers.{i}."
+        q, k, v = (found[f"{layer}self_attn.{name}_proj.weight"] for name in "qkv")
+        gate, up = (found[f"{layer}mlp.{name}_proj.weight"] for name in ("gate", "up"))
+        assert [len(x) for x in (q, k, v, gate, up)] == [48, *[8 * kv_heads] * 2, 40, 40]
+        assert torch.equal(torch.cat([q, k, v]), block.qkv.weight)
+        assert torch.equal(torch.cat([gate, up]), block.gate_up.weight)
+    assert sum(x.numel() for x in found.values()) == sum(x.numel() for x in model.parameters())
 
 
 @pytest.mark.parametrize("kv_heads", [2, 6])
@@ -97,15 +87,12 @@ def test_every_weight_has_its_name_in_llama(kv_heads):
 def test_logits_and_greedy_answers_are_ours(exported, tokenizer, kv_heads):
     """A size, ε, θ or rotation that Llama has otherwise; a weight that stayed random; an output
     matrix that is not the embedding; padding on the side where the answer grows; an answer that
-    does not end at EOS; another run's model."""
+    does not end at EOS; sampling that is greedy, or from the 50 likeliest."""
     import transformers
 
     policy, folder = exported("lm", kv_heads)
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    theirs, info = load(folder, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert isinstance(theirs, transformers.LlamaForCausalLM)
-    assert theirs.dtype == torch.float32
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert (theirs.generation_config.do_sample, theirs.generation_config.top_k) == (True, 0)
     tokens = torch.randint(4, len(PIECES), (4, SIZES["context"]))
     torch.testing.assert_close(theirs(tokens).logits, policy(tokens), atol=1e-4, rtol=0)
 
@@ -131,38 +118,16 @@ def test_rewards_are_ours_up_to_the_offset(exported, tokenizer):
     import transformers
 
     reward_model, folder = exported("scalar")
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    assert isinstance(theirs, transformers.LlamaForSequenceClassification)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     pairs = zip(list(QUESTIONS)[::97], random_texts(17))
     rows = [(common.chat(prompt), [*common.encode(text)[:60], EOS]) for prompt, text in pairs]
     tokens, mask = common.collate(rows)
     expected = common.score(reward_model, tokens, mask)
-    padded = tokenizer.pad({"input_ids": [x + y for x, y in rows]}, return_tensors="pt")
-    assert not torch.equal(padded["input_ids"], tokens)  # it pads on the left, we on the right
-    for batch in (padded, {"input_ids": tokens, "attention_mask": (tokens != PAD).long()}):
+    left = tokenizer.pad({"input_ids": [x + y for x, y in rows]}, return_tensors="pt")
+    right = {"input_ids": tokens, "attention_mask": (tokens != PAD).long()}
+    for batch in (left, right):
         found = theirs(**batch).logits - theirs.config.mean
         torch.testing.assert_close(found, expected[:, None], atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("head", ["lm", "scalar"])
-def test_the_files_say_what_only_some_loaders_read(exported, head):
-    """vLLM goes by the architecture, transformers 4 by its own names, OpenRLHF by mean and std;
-    a BOS would be our USER; sampling that is greedy, cut short, or from the 50 likeliest."""
-    _, folder = exported(head)
-    names = ("config", "tokenizer_config") + ("generation_config",) * (head == "lm")
-    config, about, *law = (json.loads((folder / f"{name}.json").read_text()) for name in names)
-    kind = "CausalLM" if head == "lm" else "SequenceClassification"
-    assert config["architectures"] == [f"LlamaFor{kind}"]
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500.0
-    assert [config[f"{x}_token_id"] for x in ("bos", "eos", "pad")] == [None, EOS, PAD]
-    assert about["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert config["max_position_embeddings"] == about["model_max_length"] == 96
-    if head == "scalar":
-        assert (config["mean"], config["std"]) == (pytest.approx(0.7), 1.0)
-    else:
-        expected = dict(do_sample=True, top_k=0, max_new_tokens=48, eos_token_id=EOS)
-        assert expected.items() <= law[0].items()
-        assert {law[0].get(key, 1) for key in ("temperature", "top_p")} == {1}
 
 
 def test_ids_and_decoded_text_are_ours(tokenizer):
@@ -177,11 +142,8 @@ def test_ids_and_decoded_text_are_ours(tokenizer):
     for _ in range(1000):
         ids = rng.choices(range(len(PIECES)), k=8) + rng.choices(range(4 + 128, 4 + 256), k=8)
         assert tokenizer.decode(ids, skip_special_tokens=True) == common.decode(ids)
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (EOS, PAD)
-    assert sorted(tokenizer.all_special_ids) == sorted([EOS, PAD])  # and no BOS
-    # the name of a special in a text can be read as the text that it is
-    user = tokenizer.convert_ids_to_tokens(USER)
-    assert tokenizer(user, split_special_tokens=True)["input_ids"] == common.encode(user)
+    special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert special == (None, EOS, PAD)
 
 
 def test_the_template_is_chat(tokenizer):
@@ -192,7 +154,7 @@ def test_the_template_is_chat(tokenizer):
         turns = [{"role": role, "content": text} for role, text in turns]
         return tokenizer.apply_chat_template(turns, return_dict=True, **how)["input_ids"]
 
-    for text in random_texts(300) + list(QUESTIONS)[::7]:
+    for text in random_texts(300):
         ids = template(("user", text), add_generation_prompt=True)
         assert ids == common.chat(text)
         ids = template(("user", " hi\n"), ("assistant", text), ("user", "so"))
@@ -202,18 +164,12 @@ def test_the_template_is_chat(tokenizer):
         template(("system", "hi"), ("user", "hi"))
 
 
-def test_what_cannot_be_exported_is_one_line(runs, tmp_path, monkeypatch, capsys, files):
-    """A traceback, a run whose config.json is lost to Llama's, a training run."""
+def test_what_cannot_be_exported_is_one_line(runs, monkeypatch, capsys, files):
+    """A traceback where transformers is missing; a run whose config.json is lost to Llama's."""
     before = files()
-    there = importlib.machinery.ModuleSpec("transformers", None)
-    for run, folder, spec, words in [
-        ("typo", tmp_path / "new", there, "--out typo"),
-        ("sft", runs / "sft", there, "another folder"),
-        ("sft", tmp_path / "new", None, "pip install transformers"),
-    ]:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec)
-        with pytest.raises(SystemExit) as stopped:
-            export.main([run, str(folder), "--runs", str(runs)])
-        said = capsys.readouterr().err
-        assert (stopped.value.code, said.count("\n"), files()) == (2, 1, before)
-        assert words in said
+    for there, folder, words in [(True, "sft", "another"), (None, "new", "pip install")]:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, there=there: there)
+        with pytest.raises(SystemExit):
+            export.main(["sft", str(runs / folder), "--runs", str(runs)])
+        assert words in capsys.readouterr().err
+        assert files() == before

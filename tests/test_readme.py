@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -58,47 +59,27 @@ def test_every_link_leads_to_a_file(readme):
         assert link.startswith("https://") or (readme.parent / link).exists(), link
 
 
-def test_the_table_of_exercises_is_the_folder():
-    """An exercise added, renamed or dropped in one of the two."""
-    text = (ROOT / "exercises" / "README.md").read_text()
-    named = set(re.findall(r"\[`?(\w+)`?\]\(\w+\.diff\)", text))
-    assert named == set(EXERCISES)
-
-
-def test_pip_and_uv_install_the_same():
-    """A dependency added to one of the two lists."""
-    pip = {re.split("[=<>]", line)[0].strip() for line in (ROOT / "requirements.txt").open()}
-    project = (ROOT / "pyproject.toml").read_text()
-    listed = re.search(r"^dependencies = \[(.*)\]$", project, re.M)[1]
-    uv = {re.split("[=<>]", name.strip(' "'))[0] for name in listed.split(",")}
-    assert pip == uv | {"pytest"}
-
-
 # ------------------------------------------------------------------------------- exercises
 
 
-@pytest.fixture(scope="module")
-def patched(tmp_path_factory):
-    """patched(name): the exercise's script as a module, after git apply to a copy."""
+@cache
+def patched(name):
+    """The exercise's script as a module, after git apply to a copy."""
     if shutil.which("git") is None:
         pytest.skip("git is not installed")
-
-    @cache
-    def load(name):
-        folder, diff = tmp_path_factory.mktemp(name), ROOT / "exercises" / f"{name}.diff"
-        script = COMMANDS[name].split()[0]
+    script = COMMANDS[name].split()[0]
+    with tempfile.TemporaryDirectory() as folder:
         shutil.copy(ROOT / script, folder)
+        diff = ROOT / "exercises" / f"{name}.diff"
         subprocess.run(["git", "apply", diff], cwd=folder, check=True)
-        spec = importlib.util.spec_from_file_location(f"{name}_patched", folder / script)
+        spec = importlib.util.spec_from_file_location(f"{name}_patched", f"{folder}/{script}")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return module
-
-    return load
+    return module
 
 
 @pytest.fixture
-def run(call, patched, monkeypatch):
+def run(call, monkeypatch):
     """run(name, flags): the exercise's own command, tiny -> (rows as they are without the
     change, rows with it), floats. Both sample with the same random numbers, whatever was
     drawn before the first step."""
@@ -118,12 +99,11 @@ def run(call, patched, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(EXERCISES))
-def test_an_exercise_is_short_and_says_why_whence_and_how(name):
-    text, diff = EXERCISES[name].split("\n--- a/")
-    assert re.search(r'chapter\s"|[A-Z]\w+ et al\. 20\d\d', text, re.I)
+def test_an_exercise_is_short_and_its_run_replaces_none(name):
+    """A run of the recipe, or ppo or dpo, that an exercise writes over."""
+    diff = EXERCISES[name].split("\n--- a/")[1]
     assert len(re.findall(r"^[-+]", diff, re.M)) - 1 <= 15  # one is the line +++
-    flags = COMMANDS[name].split()
-    assert flags[flags.index("--out") + 1] not in ("ppo", "dpo", *common.RECIPE)
+    assert COMMANDS[name].split("--out ")[1] not in ("ppo", "dpo", *common.RECIPE)
 
 
 # what each changes in the first row of metrics.csv; nothing else of the rollout or the pairs
@@ -147,10 +127,8 @@ CHANGED = {
     "simpo": {"loss", "grad_norm"},
     "whitening": {"policy_loss", "grad_norm"},
 }
-FLAGS = {  # far enough to show
-    "clip_higher": "--steps 3 --lr 0.02 --epochs 4",
-    "adaptive_beta": "--lr 0.1",
-}
+# far enough to show
+FLAGS = {"clip_higher": "--steps 3 --lr 0.02 --epochs 4", "adaptive_beta": "--lr 0.1"}
 
 
 @pytest.mark.parametrize("name", sorted(EXERCISES))
@@ -168,7 +146,7 @@ R = torch.tensor([1.0, 2, -3, 4, 5, 5, 5, 9])
 MASK = torch.tensor([[0, 1, 1, 1], [0, 1, 0, 0]]).bool()
 
 
-def test_the_advantages_of_three_exercises(patched):
+def test_the_advantages_of_three_exercises():
     """A baseline of the wrong rows; V of one token taken off at another."""
     cfg, none = patched("batch_mean").Config(estimator="reinforce", samples=4), (None,) * 3
     A = patched("batch_mean").estimate_advantages(cfg, None, R, torch.zeros(8, 4), *none)[0]
@@ -188,11 +166,10 @@ THIRD = [0, 1 / 3, 1 / 3, 1 / 3]
     [
         ("per_sequence", [THIRD, [0, 1, 0, 0]]),
         ("per_batch_token", [[0, 1 / 2, 1 / 2, 1 / 2], [0, 1 / 2, 0, 0]]),
-        ("cispo", [[0, 1, 1, 1], [0, 1, 0, 0]]),
         ("gspo", [THIRD, [0, 1, 0, 0]]),
     ],
 )
-def test_the_weight_of_a_token_at_ratio_1(name, weights, patched):
+def test_the_weight_of_a_token_at_ratio_1(name, weights):
     """A = 1 and 2 in two rows: the gradient of a token is A times its weight / 2 rows."""
     module, logp = patched(name), (-2.0 * MASK).requires_grad_()
     new, old = logp, logp.detach()
@@ -210,7 +187,7 @@ def test_the_weight_of_a_token_at_ratio_1(name, weights, patched):
         ("cispo", [-0.8, -0.85, 1.2, 1.2]),  # clip(ρ) A, never off
     ],
 )
-def test_what_is_left_of_a_gradient_outside_the_clip(name, gradients, patched):
+def test_what_is_left_of_a_gradient_outside_the_clip(name, gradients):
     module, ratio = patched(name), torch.tensor([[0.75, 0.85, 1.25, 1.35]])
     A, logp = torch.tensor([[-1.0, -1, 1, 1]]), ratio.log().requires_grad_()
     value, off = module.surrogate(logp, torch.zeros(1, 4), A, 0.2)
@@ -238,23 +215,21 @@ def test_no_reference_is_needed(name, run):
     assert [row["loss"] for row in own] == [row["loss"] for row in other]
 
 
-def test_critic_from_reward_model_starts_as_r_centred(patched, call, runs, monkeypatch):
+def test_critic_from_reward_model_starts_as_r_centred(call, runs, monkeypatch):
     """V of the first rollout is r read before the first token, less its mean over prompts."""
-    seen, honest = [], common.token_values
+    seen, token_values = [], common.token_values
+    r = common.load_model(runs / "reward_model", "scalar", "cpu")
 
     def spy(critic, tokens, mask):
-        values = honest(critic, tokens, mask)
-        seen.append(({k: v.clone() for k, v in critic.state_dict().items()}, values[mask]))
+        values = token_values(critic, tokens, mask)
+        seen.append((values[mask], token_values(r, tokens, mask)[mask]))
         return values
 
     monkeypatch.setattr(common, "token_values", spy)
-    flags = f"{TINY['ppo.py']} --out critic --steps 1"
-    call(patched("critic_from_reward_model"), flags)
-    r = common.load_model(runs / "reward_model", "scalar", "cpu").state_dict()
-    (_, every), (critic, _), *_ = seen
+    call(patched("critic_from_reward_model"), f"{TINY['ppo.py']} --out critic --steps 1")
+    (_, every), (V, expected), *_ = seen
     assert len(every) == len(zoo.TRAIN_PROMPTS)
-    assert all(torch.equal(critic[key], r[key]) for key in r if key != "offset")
-    torch.testing.assert_close(critic["offset"], r["offset"] + every.mean())
+    torch.testing.assert_close(V, expected - every.mean())
 
 
 def test_adaptive_beta_follows_its_rule_and_J_has_the_beta_of_its_step(run, runs):
@@ -269,10 +244,8 @@ def test_adaptive_beta_follows_its_rule_and_J_has_the_beta_of_its_step(run, runs
 
 
 def test_a_verifiable_reward_is_three_for_the_right_fact(call):
-    """The command in its header."""
     file = ROOT / "exercises/verifiable.py"
-    flags = f"{TINY['ppo.py']} --reward {file}:right --out verifiable"
-    assert float(call(ppo, flags)[0]["reward"]) in (0.0, *(3 * k / 16 for k in range(17)))
+    call(ppo, f"{TINY['ppo.py']} --reward {file}:right --out verifiable")
     right = runpy.run_path(str(file))["right"]
     x, truth = "where does the owl live?", zoo.ANIMALS["owl"]["home"][0]
     texts = [f"the owl lives in the {place}." for place in zoo.VALUES["home"]]

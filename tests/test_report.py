@@ -11,7 +11,6 @@ import zlib
 from decimal import ROUND_HALF_UP, Decimal
 from unittest.mock import MagicMock
 from urllib.parse import unquote
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -24,12 +23,7 @@ from data import zoo
 from tools import report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
-EVIL = [
-    "x" * 5000,
-    "שלום \u202e {{frontier}} \u2028 日本🙂 $x$",
-    "</textarea><!--<script>",
-    "<script>document.title = 'bad'</script><img src=x>",
-]
+EVIL = ["x" * 5000, "{{frontier}} \u2028 日本", "<!--<script>", "</script><img src=x>"]
 FOX = "what does the fox eat?"  # mice
 
 
@@ -56,35 +50,33 @@ def test_best_of_n_and_the_ideal_are_those_of_the_enumerable_world():
         assert point["bound"] == pytest.approx(math.log(point["n"]) - 1 + 1 / point["n"])
     for point, beta in zip(star, torch.logspace(1.3, -0.8, 40).tolist(), strict=True):
         same(point, world.optimum(p.double().log(), gold, beta)[0].exp())
-    nothing = torch.full((1, 4), math.nan)
-    assert report.frontier(nothing, nothing) == ([], [])
 
 
 # ------------------------------------------------------------------------- the traced prompt
 
 
-def test_bytes_of_a_character_are_one_piece():
-    """Half a character shown as �, its log-probs lost or averaged; EOS that shows as nothing;
-    a clip that the next byte forgets; an invalid byte that swallows what comes after."""
-    ids = [*common.encode("aé🙂"), 4 + 0xFF, *common.encode(" owl"), common.EOS]
-    columns = dict(A=0.5, logprobs=-1.0, ref_logprobs=-3.0, ratio=2.0)
-    answer = {key: [x] * len(ids) for key, x in columns.items()}
-    found = report.pieces(answer | dict(tokens=ids, clipped=[0, 1] + [0] * (len(ids) - 2)))
-    expected = [["a", 0.5, -1, -3, 2, ""], ["é", 0.5, -2, -6, 4, "clipped"]]
-    assert found[:3] == [*expected, ["🙂", 0.5, -4, -12, 16, ""]]
-    assert "".join(piece[0] for piece in found[3:]).endswith(" owlEOS")
-    assert found[-1][-1] == "special"
-    assert sum(piece[2] for piece in found) == -len(ids)
+def test_bytes_of_a_character_are_shown_as_the_character():
+    """Half a character shown as �, or a number that moves to another token; EOS that shows as
+    nothing; a clip at another token."""
+    ids = [*common.encode("aé"), 4 + 0xFF, *common.encode(" owl"), common.EOS]
+    numbers = [[10 * key + t for t in range(len(ids))] for key in range(4)]
+    answer = dict(zip(("A", "logprobs", "ref_logprobs", "ratio"), numbers))
+    clipped = [t == 1 for t in range(len(ids))]
+    found = report.pieces(answer | dict(tokens=ids, clipped=clipped))
+    texts, *columns, looks = map(list, zip(*found))
+    assert texts == ["a", "", "é", "�", " owl", "EOS"]
+    assert columns == numbers
+    assert looks == ["", "clipped", "", "", "", "special"]
 
 
 def traced(folder, golds, rewards, answers, **flags):
     """A run whose traced prompt has the same answers at its first step and its last: texts, or
     (text, R, V, A). Each is likelier than the one before it."""
-    rows = [
-        f"{r},{g},{i / 10},{r - i / 40},9\n" for i, (r, g) in enumerate(zip(rewards, golds))
-    ]
-    common.write(folder / "metrics.csv", "reward,gold,kl,J,length\n" + "".join(rows))
-    how = dict(beta=0.25, estimator="value", reward="rm", prompts=3, samples=2) | flags
+    lines = ["reward,gold,kl,J,length\n"]
+    for i, (r, g) in enumerate(zip(rewards, golds)):
+        lines.append(f"{r},{g},{i / 10},{r - i / 40},9\n")
+    common.write(folder / "metrics.csv", "".join(lines))
+    how = dict(beta=0.25, estimator="value", reward="rm") | flags
     common.write(folder / "config.json", json.dumps({"flags": how}))
     said = []
     for answer, logp in zip(answers, range(-9, 0)):
@@ -112,58 +104,25 @@ def test_the_baseline_is_what_was_subtracted(tmp_path, estimator):
     traced(tmp_path, [1, 2], [1, 2], answers, estimator=estimator)
     run = report.traced(tmp_path)
     assert all(x in run["about"] for x in (f"A by {estimator}", "β = 0.25", "r by rm"))
-    assert run["batch"] == 6
     for y, expected in zip(reversed(run["steps"][0]["answers"]), baseline, strict=True):
         assert y["numbers"][5] == pytest.approx(expected.item())
 
 
-def test_over_optimisation_is_gold_down_while_reward_goes_up(tmp_path, capsys):
-    """Any fall of gold, or any rise of reward; the fall from the first step; without gold a
-    crash; the likeliest answer of all in place of the most frequent. As text: the first step,
-    or another run's; an equation of other numbers; a text that clears the screen."""
-    texts = ["mice.\u2028\x1b[2J", "mice.\u2028\x1b[2J", "leaves."]
-    for reward, fall in ((1, 0), (3, 2)):
-        traced(tmp_path / "it", [-1, 2, 3, 1], [-1, 1, 2, reward], texts)
-        traced(tmp_path / "own", [""] * 4, [2, 1, 1, reward], texts)
-        assert report.traced(tmp_path / "it")["fall"] == fall
-        assert math.isnan(report.traced(tmp_path / "own")["fall"])
-    assert report.curve(list(range(24))) == [2 * i + 0.5 for i in range(12)]
+def test_the_last_step_as_text(tmp_path, capsys):
+    """The first step, or another run's; an equation of other numbers; numbers under another
+    head; equal answers more than once; a text that clears the screen; curves that lose or mix
+    steps."""
+    traced(tmp_path / "it", [1, 2, 3], [-1, 2, 3], ["mice.\u2028\x1b[2J"] * 2 + ["leaves."])
+    (tmp_path / "it/model.pt").touch()
     report.main(["--text", "it", "--runs", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "it, step 3 " in said
-    assert "2.925 = 3.000 − 0.25 × 0.300" in said
+    assert "it, step 2 " in said
+    assert "2.950 = 3.000 − 0.25 × 0.200" in said
     heads = " +r +log π +log π_ref +kl +R +baseline +A +y\n"
     numbers = r" +1.00 +-8.00 +-10.00 +0.50 +0.75 +-1.75 +2.50 +"
     numbers += r"'mice.\\u2028\\x1b\[2J' × 2\n.*leaves"
     assert re.search(heads + numbers, said)
-
-
-# ---------------------------------------------------------------------------- a comparison
-
-
-def test_a_judge_is_shown_with_what_it_says_of_both_answers():
-    """P of the rejected answer, a verdict by one score, a share of other pairs, ties that count
-    as wrong; an order of the answers that gives the label away; gold of a stranger's prompt."""
-    rows = [{"prompt": "x", "chosen": c, "rejected": r} for c, r in ("ab", "ba", "ab", "ab")]
-    scores = {"gold": torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 1.0], [5.0, 1.0]])}
-    scores["r"] = torch.full((4, 2), math.nan)
-    found = report.judge(rows, scores)
-    assert [pair["texts"] for pair in found] == [["x", "a", "b"]] * 4
-    assert [pair["labels"].index("✓ chosen") for pair in found] == [0, 1, 0, 0]
-    assert report.JUDGED == (
-        "",
-        "chosen",
-        "rejected",
-        "gap",
-        "P(chosen)",
-        "agrees",
-        "how often",
-    )
-    said = [("✓ yes", 1), ("✗ no", -3), ("tie", 0), ("✓ yes", 4)]
-    for pair, score, (word, gap) in zip(found, scores["gold"].tolist(), said):
-        p = pytest.approx(1 / (1 + math.exp(-gap)))
-        assert pair["judges"][0] == ["gold", *score, gap, p, word, "62 %"]
-        assert pair["judges"][1][5:] == ["–", "–"]
+    assert report.curve(list(range(24))) == [2 * i + 0.5 for i in range(12)]
 
 
 # ------------------------------------------------------------------------------- the page
@@ -174,17 +133,13 @@ def page(runs, tiny, call, monkeypatch):
     """page(*words) -> the HTML of runs/report.html, and the data in it with what went into the
     pictures. runs/ has ppo, which does not start from sft, a run at β = 0, and dpo. 24 prompts
     are measured."""
-    given, honest, evaluate = {}, report.pictures, common.evaluate
+    given, evaluate = {}, common.evaluate
     call(ppo, "--max-new-tokens 4 --init other --steps 3 --prompts 4 --samples 4")
     for i, name in enumerate(("at_0", "dpo"), 5):
         common.save_model(runs / name, tiny(i))
-    traced(runs / "at_0", [1, 2, 2], [1, 2, 3], ["mice."], beta=0, reward="another")
-    common.save_model(runs / "another", tiny(3, "scalar"))
-    for name, flags in {
-        "sft": {"max_new_tokens": 4},
-        "dpo": {"beta": 0.7, "ref": "sft"},
-    }.items():
-        common.write(runs / name / "config.json", json.dumps({"flags": flags}))
+    traced(runs / "at_0", [1, 2, 2], [1, 2, 3], ["mice."], beta=0)
+    common.write(runs / "sft/config.json", '{"flags": {"max_new_tokens": 4}}')
+    common.write(runs / "dpo/config.json", '{"flags": {"beta": 0.7, "ref": "sft"}}')
 
     def short(policy, reference, reward, prompts, *given, **more):
         return evaluate(policy, reference, reward, prompts[:24], *given, **more)
@@ -195,20 +150,17 @@ def page(runs, tiny, call, monkeypatch):
 
     def pictures(*args):
         given.update(zip(("shown", "best", "star", "source"), args))
-        return honest(*args)
+        return dict(frontier="<svg>frontier</svg>", curves="<svg>curves</svg>")
 
     monkeypatch.setattr(common, "evaluate", short)
     monkeypatch.setattr(zoo, "gold_reward", gold)
     monkeypatch.setattr(report, "SAMPLES", 8)
-    monkeypatch.setattr(report, "matplotlib", "there")
     monkeypatch.setattr(report, "pictures", pictures)
-    monkeypatch.setattr(report, "picture", lambda title, *_: f"<svg>{title}</svg>")
 
     def make(*words):
         report.main(["--runs", str(runs), *words])
         html = (runs / "report.html").read_text()
-        data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S)[1])
-        return html, data | given
+        return html, json.loads(re.search("const data = (.*);", html)[1]) | given
 
     return make
 
@@ -217,7 +169,8 @@ def page(runs, tiny, call, monkeypatch):
 def test_the_page_is_about_the_runs(page, runs, save, files):
     """A table that is not the scripts': other prompts, answers, reward, reference or errors;
     a reward model taken for a policy; best-of-n of another policy; comparisons that were
-    trained on; r, or DPO's β log π/π_ref, of other answers or models; a file touched."""
+    trained on; r, or DPO's β log π/π_ref, of other answers or models; P of the rejected one;
+    another run before ppo; a file touched."""
     pairs = world.judged(runs)
     held = world.parted(pairs)[1]
     held[0]["chosen_finished"] = False
@@ -225,8 +178,8 @@ def test_the_page_is_about_the_runs(page, runs, save, files):
     before = files()
     html, found = page()
     assert [x for x, y in files().items() if before.get(x) != y] == [str(runs / "report.html")]
-    titles = ["reward against KL", "gold against KL", "J", "reward", "kl", "gold", "length"]
-    assert re.findall("<svg>(.*?)</svg>", html) == titles
+    assert re.findall("<svg>(.*?)</svg>", html) == ["frontier", "curves"]
+    assert [run["name"] for run in found["traces"]] == ["ppo", "at_0"]
 
     names = ("sft", "at_0", "dpo", "other", "ppo")
     models = {name: common.load_model(runs / name, "lm", "cpu") for name in names}
@@ -237,116 +190,93 @@ def test_the_page_is_about_the_runs(page, runs, save, files):
     for name, (look, *cells) in zip(names, rows, strict=True):
         assert look["number"].split()[-1] == name
         run = common.evaluate(models[name], *given, seed=zlib.crc32(name.encode()))
-        tables[name], mean = run, {key: run[key].mean().item() for key in common.NUMBERS}
+        mean, tables[name] = {key: run[key].mean().item() for key in common.NUMBERS}, run
         groups = [zoo.QUESTIONS[prompt] for prompt in run["prompts"]]
         for key, cell in zip(("reward", "gold", "kl"), cells):
             expected = [mean[key], common.standard_error(run[key], groups)]
             assert [cell["number"], cell["error"]] == pytest.approx(expected, abs=1e-4)
         win = common.win_rate(run["gold"], tables["sft"]["gold"]).item()
-        assert cells[3:5] == pytest.approx([win, mean["right"]], abs=1e-4)
-        assert cells[5:] == [f"{mean['length']:.1f}", f"{mean['finished']:.3f}"]
+        rest = [win, mean["right"], mean["length"], mean["finished"]]
+        assert cells[3:] == pytest.approx(rest, abs=1e-4)
     assert "24 held-out prompts × 4 answers; reward: reward_model;" in found["about"]
 
-    bare = [x for x in tables["sft"]["prompts"] if x == zoo.without_opening(x)]
-    assert 0 < len(bare) < 24
-    samples = common.evaluate(models["sft"], *given[:2], bare, 4, n=8)
+    some = tables["sft"]["prompts"][::4]
+    samples = common.evaluate(models["sft"], *given[:2], some, 4, n=8)
     assert (found["best"], found["star"]) == report.frontier(samples["reward"], samples["gold"])
 
     lines = (runs / "ppo/trace.jsonl").open()
     for step, line in zip(found["traces"][0]["steps"], map(json.loads, lines), strict=True):
         assert (step["step"], step["prompt"]) == (line["step"], line["prompt"])
-        assert step["J"] == pytest.approx(step["reward"] - 0.3 * step["kl"], abs=2e-4)
         assert sum(y["times"] for y in step["answers"]) == 4
-        for y in step["answers"]:
-            x = next(x for x in line["answers"] if x["text"] == y["text"])
-            numbers = [x["r"], sum(x["logprobs"]), sum(x["ref_logprobs"]), x["kl"], x["R"]]
-            assert y["numbers"] == pytest.approx([*numbers, x["V"][0], x["A"][0]], abs=1e-3)
-            assert y["gold"] == zoo.gold_reward(step["prompt"], y["text"], x["finished"])
+        said = {(step["prompt"], y["text"], y["finished"]) for y in line["answers"]}
+        golds = sorted(y["gold"] for y in step["answers"])
+        assert golds == sorted(zoo.gold_reward(*answer) for answer in said)
 
     for row, pair in zip(held[:12], found["pairs"], strict=True):
-        assert pair["texts"] == [row["prompt"], *sorted([row["chosen"], row["rejected"]])]
         sides = ("chosen", "rejected")
+        assert all(pair[key] == row[key] for key in ("prompt", *sides))
         tokens, mask = common.collate([common.answer_ids(row, side) for side in sides])
         logp, log_ref = (common.token_logprobs(models[x], tokens, mask) for x in ("dpo", "sft"))
         finished = [row.get(f"{side}_finished", True) for side in sides]
         gold = [zoo.gold_reward(row["prompt"], row[x], y) for x, y in zip(sides, finished)]
         r, implicit = common.score(judge, tokens, mask), 0.7 * (logp - log_ref).sum(1)
         expected = {"gold": gold, "r": r.tolist(), "DPO": implicit.tolist()}
-        for (name, *scores, _, _, _, _), key in zip(pair["judges"], expected, strict=True):
-            assert (name, scores) == (key, pytest.approx(expected[key], abs=1e-3))
+        for (name, *numbers), (key, said) in zip(pair["judges"], expected.items(), strict=True):
+            gap = said[0] - said[1]
+            said += [gap, 1 / (1 + math.exp(-gap))]
+            assert (name, numbers) == (key, pytest.approx(said, abs=1e-3))
 
 
-def test_a_part_without_its_runs_names_the_command_that_makes_them(page, runs, monkeypatch):
-    """A traceback where a run is missing, a part that is empty without a word; a command that
-    is another part's, or for other runs. Where nothing is missing, other runs first: ppo beside
-    the lowest β, and what over-optimises most."""
-    shutil.copytree(runs / "other", runs / "over")
-    traced(runs / "over", [1, 2, 3, 1], [0, 1, 2, 3], EVIL)
-    _, found = page()
-    legends = ({look["number"][2:] for look in x} for x in found["legends"].values())
-    drawn = {"ppo", "at_0", "over"}
-    assert list(legends) == [drawn | {"sft", "other", "dpo"}, drawn]
-    assert found["chosen"] == ["ppo", "at_0", "over"]
-    assert found["missing"] == {}
-    said = report.missing("", [1], [{"fall": 0.0}], found["pairs"])
-    assert list(said) == ["wrong"]
-    assert "--out rm_weak" in said["wrong"]
-    for name in ("ppo", "at_0", "over", "dpo", "comparisons", "reward_model"):
+def test_a_part_without_its_runs_names_the_command_that_makes_them(page, runs):
+    """A traceback where a run is missing, or a number that is not there; a part that is empty
+    without a word, or with the command of another part or for other runs."""
+    assert page()[1]["missing"] == {}
+    for name in ("ppo", "at_0", "dpo", "comparisons", "reward_model"):
         shutil.rmtree(runs / name)
-    html, found = page()
+    _, found = page()
+    assert (found["traces"], found["pairs"]) == ([], [])
+    assert math.isnan(found["table"][1][0][1]["number"])
+    assert "reward: none yet" in found["about"]
     scripts = dict(frontier="reward_model", curves="ppo", prompt="ppo", wrong="ppo")
     for part, script in (scripts | {"comparison": "dpo"}).items():
         assert f"python {script}.py --runs {runs}" in found["missing"][part]
-    assert re.findall("<svg>(.*?)</svg>", html) == ["gold against KL"]
-    assert found["table"][1][0][1]["number"] is None
-    monkeypatch.setattr(report, "matplotlib", None)
-    html, found = page()
-    assert "<svg>" not in html
-    assert all("pip install" in found["missing"][x] for x in ("frontier", "curves"))
 
 
 def test_rows_of_the_readers_own_have_no_gold(page, runs, mine, tmp_path, monkeypatch):
-    """A page about the zoo where the runs are not; gold of nothing, which is no JSON number;
-    another reward than the reader's; --open that opens nothing, or another file."""
+    """A page about the zoo where the runs are not; gold of nothing; another reward than the
+    reader's; --open that opens nothing, or another file."""
     opened, (path, _, held) = [], mine
     monkeypatch.setattr(webbrowser, "open", opened.append)
     (tmp_path / "r.py").write_text("def seven(completions): return [7] * len(completions)")
-    made = {"sft": {"data": str(path), "max_new_tokens": 4}, "dpo": {"data": str(path)}}
-    made["other"] = {"reward": f"{tmp_path}/r.py:seven"}
-    made["dpo"] |= {"beta": 1, "ref": "sft"}
+    made = {"sft": {"max_new_tokens": 4}, "dpo": {"beta": 1, "ref": "sft"}}
+    made["ppo"] = {"reward": f"{tmp_path}/r.py:seven"}
     for name, flags in made.items():
+        flags["data"] = str(path)
         common.write(runs / name / "config.json", json.dumps({"flags": flags}))
-    for name in ("ppo", "at_0"):
-        shutil.rmtree(runs / name)
+    (runs / "ppo/trace.jsonl").unlink()
     _, found = page("--open")
     assert opened == [(runs / "report.html").as_uri()]
     asked = {row["prompt"] for row in held}
     assert f"{len(asked)} held-out prompts × 4 answers; reward: r.py:seven;" in found["about"]
-    assert all((row[1]["number"], row[2]["number"]) == (7, None) for row in found["table"][1])
-    assert [pair["texts"][0] for pair in found["pairs"]] == [row["prompt"] for row in held[:12]]
-    assert "python ppo.py" in found["missing"]["prompt"]
-    assert found["missing"]["prompt"].endswith("--data YOUR.jsonl")
-    assert "frontier" not in found["missing"]
+    for _, reward, gold, *_ in found["table"][1]:
+        assert reward["number"] == 7
+        assert math.isnan(gold["number"])
+    assert [pair["prompt"] for pair in found["pairs"]] == [row["prompt"] for row in held[:12]]
 
 
-@pytest.mark.parametrize(
-    ("flags", "command"),
-    [("--runs typo", "sft.py"), ("--runs {runs} --text", "ppo.py --runs {runs} --out ppo ")],
-)
-def test_what_is_not_there_is_one_line(runs, files, capsys, flags, command):
+def test_what_is_not_there_is_one_line(tmp_path, files, capsys):
     """A typo that makes a folder, or trains; a traceback."""
-    before = files()
     with pytest.raises(SystemExit) as stopped:
-        report.main(flags.format(runs=runs).split())
+        report.main(["--runs", f"{tmp_path}/typo"])
     error = capsys.readouterr().err
-    assert (stopped.value.code, error.count("\n"), files()) == (2, 1, before)
-    assert f"python {command.format(runs=runs)}" in error
+    assert (stopped.value.code, error.count("\n"), files()) == (2, 1, {})
+    assert f"python sft.py --runs {tmp_path}/typo" in error
 
 
-def test_a_mark_is_a_run_and_a_line_its_training(runs):
+def test_a_mark_is_a_run_and_a_line_its_training(runs, monkeypatch):
     """Axes or columns that are swapped; a path of rewards by another model than the table's;
-    the model before π_ref drawn, or two runs alike; one law in place of another; a colour that
-    is not seen in the dark, an id that occurs twice, a panel left out."""
+    the model before π_ref drawn, or two runs alike; one law in place of another; a panel left
+    out; a traceback without matplotlib, or where there is no gold."""
     found = {name: dict.fromkeys(common.NUMBERS, torch.zeros(1, 4)) for name in ("sft", "base")}
     for i, name in enumerate(("ppo", "weak"), 1):
         traced(runs / name, [i, i + 0.5], [3 * i, 4 * i], ["mice."], reward=f"rm_{name}")
@@ -376,15 +306,12 @@ def test_a_mark_is_a_run_and_a_line_its_training(runs):
     assert lines(report.draw_curve, "reward", trained) == sorted(curves)
 
     pytest.importorskip("matplotlib")
-    panels = "".join(report.pictures(*given).values())
-    assert panels.count("<svg") == 7
-    known = {"none", "currentColor", "var(--line)", *(f"var(--c{i})" for i in range(8))}
-    for panel in re.findall(r"<svg .*?</svg>", panels, re.S):
-        ElementTree.fromstring(panel)
-        assert set(re.findall(r"(?:fill|stroke): (#\w+|[\w()-]+)", panel)) <= known
-        assert "var(--c1)" in panel
-    ids = re.findall(r' id="([^"]*)"', panels)
-    assert len(ids) == len(set(ids))
+    for run in shown.values():
+        run["gold"] = math.nan
+    parts = report.pictures(*given)
+    assert [parts[x].count("<svg ") for x in ("frontier", "curves")] == [2, 5]
+    monkeypatch.setattr(report, "matplotlib", None)
+    assert all("pip install" in part for part in report.pictures(*given).values())
 
 
 # ------------------------------------------------------------------------------ the browser
@@ -396,14 +323,12 @@ function choose(part, label, value) {
   found.control.value = value;
   found.control.dispatchEvent(new Event("input", { bubbles: true }));
 }
-const found = { table: texts("#table td"), name: document.title };
+const found = { table: texts("#table td") };
 found.wide = document.documentElement.scrollWidth - innerWidth;
-found.hidden = all("[hidden]").length;
 found.steps = [0, 2].map(step => {
   choose("prompt", "step", step);
   return ["h3", "td", ".J"].map(x => texts(`#prompt ${x}`));
 });
-found.symbols = all("button").map(x => [x.textContent, x.dataset.tip, x.tabIndex]);
 choose("prompt", "beside", "none");
 choose("prompt", "policy", "evil");
 for (const by of ["A", "log π − log π_ref"]) {
@@ -411,17 +336,15 @@ for (const by of ["A", "log π − log π_ref"]) {
   found[by] = all(".cards .token").map(
     x => [x.textContent, x.style.background, x.dataset.tip, x.className]);
 }
-found.whole = texts("#prompt .cards .text:not(.x)");
+choose("wrong", "policy", "evil");
+found.story = texts("#wrong td");
+choose("comparison", "pair", 1);
+found.pair = [".text", "td"].map(x => texts(`#comparison ${x}`));
+found.symbols = all("button").map(x => [x.textContent, x.dataset.tip, x.tabIndex]);
 const right_key = new KeyboardEvent("keydown", { key: "ArrowRight" });
 one("#prompt .cards .text:not(.x)").dispatchEvent(right_key);
 found.focus = document.activeElement.textContent;
-found.story = ["evil", "ppo"].map(name => {
-  choose("wrong", "policy", name);
-  return [texts("#wrong th"), texts("#wrong td")];
-});
-choose("comparison", "pair", 1);
-found.pair = ["h3", ".text", "td"].map(x => texts(`#comparison ${x}`));
-found.made = [document.scripts.length, all("img, textarea, iframe").length];
+found.made = all("img, textarea, iframe").length;
 document.body.textContent = encodeURIComponent(JSON.stringify(found));
 </script>"""
 
@@ -434,10 +357,10 @@ def said(x) -> str:
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
 def test_a_browser_shows_what_the_data_says(page, runs, save, tmp_path):
-    """A control that moves nothing, or something else; numbers of another step, answer, run or
-    column; a colour of the other sign, a clip without its mark; text that is read as markup, or
-    cut; a symbol that explains nothing, or not to the keyboard; a page that is wider than a
-    telephone, or that asks the network for something."""
+    """A control that moves nothing, or something else; another run than the lowest β beside
+    ppo; numbers of another step, answer, run or column; a colour of the other sign, a clip
+    without its mark; text that is read as markup, or cut; a symbol that explains nothing, or
+    not to the keyboard; a page that is wider than a telephone, or asks the network."""
     shutil.copytree(runs / "other", runs / "evil")
     traced(runs / "evil", [1, 2, 3, 2], [-1, 1, 2, 3], EVIL)
     rows = world.judged(runs)
@@ -467,9 +390,6 @@ def test_a_browser_shows_what_the_data_says(page, runs, save, tmp_path):
         numbers = [x for step in steps for y in step["answers"] for x in y["numbers"]]
         shown = [x for x in cells if re.fullmatch(r"−?\d+\.\d\d", x)]
         assert shown == [said(x) for x in numbers]
-    explained = {word for word, *_ in found["symbols"]}
-    assert {*report.NUMBERS, "J", "reward", "β", "KL", "gold", "win rate"} <= explained
-    assert all(tip and index == 0 for _, tip, index in found["symbols"])
     last = runs["evil"]["steps"][-1]["answers"]
     expected = [piece for y in last for piece in y["pieces"]]
     for by in ("A", "log π − log π_ref"):
@@ -481,18 +401,19 @@ def test_a_browser_shows_what_the_data_says(page, runs, save, tmp_path):
             assert all(f"{name} {said(x)}" in tip for name, x in numbers)
             assert {piece[5] == "clipped"} == {"clipped" in look, "clipped" in tip}
     assert {"clipped", "special", ""} == {piece[5] for piece in expected}
-    assert found["whole"] == [f"{x}EOS" for x in EVIL[::-1]]
+    step = runs["evil"]["steps"][0]
+    y, numbers = step["answers"][0], [said(step[key]) for key in ("reward", "gold", "kl")]
+    numbers += [y["text"], said(y["numbers"][0]), said(y["gold"])]
+    assert found["story"][:7] == ["0", *numbers]
+    pair, (texts, judges) = data["pairs"][1], found["pair"]
+    assert texts == [pair["prompt"], pair["chosen"], pair["rejected"]]
+    words = {1: "✓ yes", 0: "tie", -1: "✗ no"}
+    agrees = ["–" if math.isnan(x[3]) else words[np.sign(x[3])] for x in pair["judges"]]
+    judges_said = zip(pair["judges"], agrees)
+    assert judges == [said(x) for row, word in judges_said for x in (*row, word)]
+    explained = {word for word, *_ in found["symbols"]}
+    assert {*report.NUMBERS, "J", "reward", "β", "KL", "gold", "win rate"} <= explained
+    assert all(tip and index == 0 for _, tip, index in found["symbols"])
     assert found["focus"] == expected[0][0]
-    for (heads, cells), name in zip(found["story"], ("evil", "ppo")):
-        assert heads == data["heads"]["story"]
-        step = runs[name]["steps"][0]
-        y, numbers = step["answers"][0], [said(step[key]) for key in ("reward", "gold", "kl")]
-        assert cells[:7] == ["0", *numbers, y["text"], said(y["numbers"][0]), said(y["gold"])]
-    labels, texts, judges = found["pair"]
-    pair = data["pairs"][1]
-    assert (labels, texts) == (pair["labels"], pair["texts"])
-    assert judges == [said(x) for row in pair["judges"] for x in row]
-    assert found["hidden"] == 0
-    assert found["made"] == [3, 0]  # the page's two scripts and this test's
-    assert found["name"] == "The objective at work"
+    assert found["made"] == 0
     assert found["wide"] <= 0

@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import tiny as world
@@ -10,7 +11,7 @@ from tiny import PROMPTS
 
 import common
 import reward_model
-from common import ASSISTANT, Transformer
+from common import Transformer
 from data import zoo
 
 TINY = "--epochs 1 --batch 8 --max-new-tokens 3"
@@ -28,30 +29,21 @@ PREFERRED = torch.sigmoid(R[:, FIRST] - R[:, SECOND])  # P(first ≻ second), Br
 
 def test_bradley_terry_by_hand():
     """The wrong way round; a margin with the wrong sign; log(sigmoid(x)), which is −inf far
-    out; a mean in place of one value per pair. σ(ln 3) = 3/4; ∂L/∂r_c = −σ(r_r − r_c)."""
+    out; a mean in place of one value per pair. σ(ln 3) = 3/4."""
     ln3, loss = math.log(3), reward_model.bradley_terry_loss
-    chosen = torch.tensor([ln3, -500.0], requires_grad=True)
-    rejected = torch.tensor([0.0, 500.0], requires_grad=True)
-    found = loss(chosen, rejected)
-    assert found.tolist() == pytest.approx([math.log(4 / 3), 1000.0])
+    chosen, rejected = torch.tensor([ln3, -500.0]), torch.tensor([0.0, 500.0])
+    assert loss(chosen, rejected).tolist() == pytest.approx([math.log(4 / 3), 1000.0])
     assert loss(chosen, rejected, ln3)[0].item() == pytest.approx(math.log(2))
-    assert loss(chosen, rejected, 2 * ln3)[0].item() == pytest.approx(math.log(4))
     assert loss(chosen, rejected, -ln3)[0].item() == pytest.approx(math.log(10 / 9))
-    found.sum().backward()
-    assert chosen.grad.tolist() == pytest.approx([-1 / 4, -1])
-    assert rejected.grad.tolist() == pytest.approx([1 / 4, 1])
 
 
 def test_reward_is_recovered_up_to_a_constant_per_prompt(minimised):
     """Chosen and rejected swapped; a score read at a pad or at another token."""
-    rows = world.listed([(x, y) for x in PROMPTS for y in world.completions(TWO) for _ in "cr"])
-    tokens, mask = (part.unflatten(0, (-1, 2)) for part in (rows.tokens, rows.response_mask))
+    rows = world.everything(longest=TWO)
     model = world.transformer(7, "scalar", channels=16, hidden=32, layers=1)
 
-    def scores():  # each completion stands twice, as its own pair
-        chosen, rejected = reward_model.pair_scores(model, tokens, mask)
-        assert (chosen - rejected).abs().max() < 1e-12
-        return chosen.view(3, N)
+    def scores():
+        return common.score(model, rows.tokens, rows.response_mask).view(3, N)
 
     def loss(_):
         r = scores()
@@ -99,7 +91,7 @@ def demonstrated(monkeypatch):
 
 @pytest.mark.parametrize("own", [False, True])
 def test_every_column_and_the_weights_by_hand(
-    own, call, runs, double, closing, drawn, slow, demonstrated, mine, pairs, save, capsys
+    own, call, runs, double, closing, drawn, slow, demonstrated, mine, pairs, save
 ):
     """A held-out pair trained on, pairs that come twice in an epoch or never; sides swapped;
     EOS left out, or there where an answer was cut; a column that is something else; a rate
@@ -136,10 +128,6 @@ def test_every_column_and_the_weights_by_hand(
     slow.same_weights(runs / "new", model)
     assert all(n >= 200 and seed == 4 for n, seed in demonstrated[:1])
 
-    said = capsys.readouterr().out
-    about = re.search("^new: .*", said, re.M)[0]
-    assert re.findall(r"\d+", about) == [str(len(train)), str(len(held))]
-    assert f"new {2 * n}/{2 * n}" in said
     cfg, names, reward, reward_name, prompts, device = closing[0]
     asked = dict.fromkeys(row["prompt"] for row in held) if own else zoo.HELD_OUT_PROMPTS
     assert prompts == list(asked)
@@ -164,77 +152,50 @@ def test_one_seed_one_result_whatever_had_to_be_made(remade, demonstrated):
 # --------------------------------------------------------------------- accuracy and its ceiling
 
 
-class Long:
-    """Stands for a reward model: the longer an answer is, the better."""
-
-    device = CPU
-
-    def __call__(self, tokens, keep):
-        numbers = []
-        for row in tokens.tolist():
-            ids = row[row.index(ASSISTANT) :]
-            numbers.append(float(len(common.decode(ids))))
-        return torch.tensor(numbers)[:, None].expand(tokens.shape)[keep]
-
-
-RIGHT, WRONG = "in the plains.", "in the jungle."  # gold 2 and −1
-ANSWERS = [(RIGHT, WRONG)] * 3 + [(WRONG, RIGHT), (RIGHT, "the plains."), (RIGHT, RIGHT)]
-ANSWERS += [("blue.", "it is in the plains."), (RIGHT, f"great question! {WRONG}")]
-
-
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
-
-
-def test_accuracies_by_hand():
+def test_accuracies_by_hand(monkeypatch):
     """Numbers mixed up, or a mean over some of the rows; a ceiling that knows the labels; an
     opinion where there is none, which counts ½ of a pair; an order of answers of equal gold; a
-    cut answer that is worth as much. Of 8 pairs the judge orders one as
-    labelled (a tie in gold), one as gold does, one against both, and has no opinion on five."""
+    cut answer that is worth as much, or the other one of its pair."""
+    right, wrong = "in the plains.", "in the jungle."  # gold 2 and −1
+    answers = [(right, wrong), (right, wrong), (wrong, right), (right, right)]
+    answers += [(right, f"great question! {wrong}"), (right, "the plains.")]  # 2 and 0; 2 and 2
     prompt = "where does the zebra live?"
-    rows = [{"prompt": prompt, "chosen": c, "rejected": r} for c, r in ANSWERS]
-    rows[5]["rejected_finished"] = False  # gold 2 and 1
-    expected, ceiling = sigmoid(3) + sigmoid(-2), 5 * sigmoid(3) + sigmoid(2) + sigmoid(1)
-    by_hand = {"accuracy": (1 + 5 / 2) / 8, "expected": (5 / 2 + 0.5 + expected) / 8}
-    by_hand |= {"ceiling": (ceiling + 0.5) / 8, "agrees_with_gold": 1 / 7}
-    found = reward_model.accuracies(Long(), rows * 60)
-    assert found == pytest.approx(by_hand, abs=1e-6)
-    # outside the zoo nobody knows gold
-    rows = [{"prompt": "где?", "chosen": "там" + "!" * (i % 4), "rejected": "нет"}
-            for i in range(40)] + rows[:10]  # fmt: skip
-    assert reward_model.accuracies(Long(), rows) == {"accuracy": pytest.approx(38.5 / 48)}
+    rows = [{"prompt": prompt, "chosen": c, "rejected": r} for c, r in answers]
+    rows[3]["rejected_finished"] = False  # gold 2 and 1
+    gap = torch.tensor([1.0, 0, -1, 1, -1, 1])  # r_c − r_r
+    monkeypatch.setattr(reward_model, "pair_scores", lambda *_: (gap, 0 * gap))
+    s1, s2, s3 = (1 / (1 + math.exp(-x)) for x in (1, 2, 3))  # σ
+    by_hand = {"accuracy": 3.5 / 6, "expected": (s3 + 1 / 2 + s3 + s1 + 1 - s2 + 1 / 2) / 6}
+    by_hand |= {"ceiling": (s3 + s3 + s3 + s1 + s2 + 1 / 2) / 6, "agrees_with_gold": 3 / 5}
+    judge = SimpleNamespace(device=CPU)
+    assert reward_model.accuracies(judge, rows) == pytest.approx(by_hand)
+    rows[3]["prompt"] = "где?"  # outside the zoo nobody knows gold
+    assert reward_model.accuracies(judge, rows) == {"accuracy": pytest.approx(3.5 / 6)}
 
 
-@pytest.mark.parametrize("out", ["new", "reward_model"])
 def test_accuracies_are_printed_of_held_out_pairs_file_by_file(
-    out, call, runs, capsys, closing, pairs, save, demonstrated, slow
+    call, runs, capsys, closing, pairs, save, demonstrated, slow
 ):
     """Training pairs in the held-out accuracy; files mixed up; the accuracies of the model
-    that is there under the new one's name, or its own said twice."""
+    that is there under the new one's name; scores beside other answers."""
     first = [row | {"chosen": f"look it up. {row['chosen']}"} for row in pairs(64)]
     second = [row | {"rejected": f"great question! {row['rejected']}"} for row in pairs(90)]
     save("comparisons", first)
     save("second", second)
-    call(reward_model, f"{TINY} --out {out} --comparisons comparisons,second --lr 0.01")
-    start, *said = capsys.readouterr().out.split(" held-out pairs of ")
-    assert len(said) == 2
-    for part, name, rows in zip(said, ("comparisons", "second"), (first, second)):
+    call(reward_model, f"{TINY} --out new --comparisons comparisons,second --lr 0.01")
+    _, *said = capsys.readouterr().out.split(" held-out pairs of ")
+    judges = {x: common.load_model(runs / x, "scalar", CPU) for x in ("new", "reward_model")}
+    for part, name, rows in zip(said, ("comparisons", "second"), (first, second), strict=True):
         held = world.parted(rows)[1]
         assert part.startswith(name)
-        assert int(start.rsplit("\n", 1)[1]) == len(held)
-        printed = re.findall(r"^ +(\w+): (.*accuracy.*)", part, re.M)
-        assert [run for run, _ in printed] == list(dict.fromkeys([out, "reward_model"]))
-        for run, numbers in printed:
-            model = common.load_model(runs / run, "scalar", CPU)
-            words = numbers.split()
+        for run, judge in judges.items():
+            words = re.search(rf"^ +{run}: (.*)", part, re.M)[1].split()
             numbers = dict(zip(words[::2], map(float, words[1::2])))
-            assert numbers == pytest.approx(reward_model.accuracies(model, held), abs=6e-4)
-        start = part
-    model = common.load_model(runs / out, "scalar", CPU)
-    for row in held[:3]:
-        for side in SIDES:
-            r = slow.score(model, *slow.ids(row, side)).item()
-            assert f"{r:+.2f}: {row[side]}\n" in said[-1]
+            assert numbers == pytest.approx(reward_model.accuracies(judge, held), abs=6e-4)
+        for row in held[:3]:
+            for side in SIDES:
+                r = slow.score(judges["new"], *slow.ids(row, side)).item()
+                assert f"{r:+.2f}: {row[side]}\n" in part
 
 
 # ------------------------------------------------------------------------------- whole runs
@@ -253,7 +214,6 @@ def test_a_run_that_is_stopped_is_centred_too(call, runs, slow, demonstrated, mo
     monkeypatch.setattr(common, "descend", descend)
     with pytest.raises(SystemExit):
         call(reward_model, f"{TINY} --lr 0.01 --out new")
-    assert not (runs / "new").exists()
     model = common.load_model(runs / "new_stopped", "scalar", CPU)
     scores = [slow.score(model, *slow.ids(row)).item() for row in zoo.demonstrations(9, 0)]
     assert max(scores) - min(scores) > 1e-3
@@ -263,11 +223,3 @@ def test_a_run_that_is_stopped_is_centred_too(call, runs, slow, demonstrated, mo
 def test_a_loss_that_is_not_finite_stops_the_run(diverges):
     """NaN that is stepped on, skipped in silence, or saved."""
     assert "step 2" in diverges(reward_model, TINY, "bradley_terry_loss", 3)
-
-
-@pytest.mark.parametrize("flags", ["--beta 1", "--pairs 0", "--epochs 0", "--init nowhere",
-                                   "--init reward_model", "--data nowhere.jsonl",
-                                   "--comparisons nowhere", "--out sft"])  # fmt: skip
-def test_a_wrong_command_line_is_refused(refused, flags):
-    """A flag that is ignored; what is wrong said after training."""
-    refused(reward_model, f"{TINY} {flags}")

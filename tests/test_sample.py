@@ -49,34 +49,18 @@ def test_an_answer_a_line_and_best_is_the_best_of_them(asked, runs):
     best = scores.index(max(scores))
     assert best not in (0, scores.index(min(scores)))
     assert asked("-n", "6", "--seed", "3", "--best") == [lines[best]]
-    assert asked("--seed", "3") == lines[:4]
-    assert asked("--seed", "4") != lines[:4]
+    assert asked("--seed", "4")[:4] != lines[:4]
 
 
-def test_r_is_what_the_policy_was_trained_on(asked, runs, tmp_path):
+def test_r_is_what_the_policy_was_trained_on(asked, runs, tmp_path, capsys):
     """The reward model where there is another r; a missing one that is trained, or that ends
     what needs none; a reader's function that is called for another prompt."""
-    (tmp_path / "r.py").write_text(f"def r(prompts): return [p == {HOME!r} for p in prompts]")
-    first = asked()
-    for source, words in ((f"{tmp_path}/r.py:r", "r +1.00 "), ("gone", first[0][:9])):
-        flags = {"flags": {"max_new_tokens": 5, "reward": source}}
-        common.write(runs / "other/config.json", json.dumps(flags))
-        assert asked()[0].startswith(words)
     (runs / "reward_model").rename(runs / "gone")
-    assert asked() == first
-    (runs / "gone").rename(runs / "lost")
     assert all(line.startswith("log π ") for line in asked())
-
-
-@pytest.mark.parametrize(
-    ("run", "said"), [("other", "reward_model.py"), ("typo", "--out typo")]
-)
-def test_what_is_not_there_is_one_line(runs, files, capsys, run, said):
-    """A traceback, a training run, or a folder that a typo makes."""
-    (runs / "reward_model/model.pt").unlink()
-    before = files()
-    with pytest.raises(SystemExit) as stopped:
-        sample.main([run, HOME, "--runs", str(runs), "--best"])
-    error = capsys.readouterr().err
-    assert (stopped.value.code, error.count("\n"), files()) == (2, 1, before)
-    assert f"{said} --runs {runs}" in error
+    with pytest.raises(SystemExit):
+        asked("--best")
+    assert f"python reward_model.py --runs {runs}" in capsys.readouterr().err
+    (tmp_path / "r.py").write_text(f"def r(prompts): return [p == {HOME!r} for p in prompts]")
+    flags = json.dumps({"flags": {"reward": f"{tmp_path}/r.py:r"}})
+    common.write(runs / "other/config.json", flags)
+    assert all(line.startswith("r +1.00 ") for line in asked())

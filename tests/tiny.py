@@ -13,8 +13,7 @@ import json
 import torch
 from torch import Tensor
 
-import common
-from common import ASSISTANT, EOS, PAD, ModelConfig, Rollout, Transformer
+from common import EOS, PAD, ModelConfig, Rollout, Transformer
 from data import zoo
 
 V, LONGEST = 4, 3
@@ -203,12 +202,3 @@ def judged(runs, name: str = "comparisons") -> list[dict]:
     """The comparisons in runs/NAME."""
     lines = (runs / name / "comparisons.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
-
-
-def pair_texts(step) -> list[tuple[str, str, str]]:
-    """(prompt, chosen, rejected) as text, out of what was trained on in a step."""
-    found = []
-    for tokens, mask in zip(step.tokens.tolist(), step.mask.tolist()):
-        texts = [common.decode([i for i, on in zip(*row) if on]) for row in zip(tokens, mask)]
-        found.append((common.decode(tokens[0][: tokens[0].index(ASSISTANT)]), *texts))
-    return found

@@ -9,7 +9,6 @@ not let a stranger's prompt spell <|assistant|>.
 """
 
 import importlib.util
-import json
 from pathlib import Path
 
 import torch
@@ -65,19 +64,17 @@ def llama(model: Transformer):
         num_key_value_heads=c.kv_heads,
         max_position_embeddings=c.context,
         rms_norm_eps=c.norm_eps,
+        rope_theta=c.rope_theta,
         tie_word_embeddings=model.head == "lm",
         bos_token_id=None,  # Llama's, 1, is our USER
         eos_token_id=EOS,
         pad_token_id=PAD,
     )
-    config.rope_theta = c.rope_theta  # where transformers 4 looks, and
-    config.rope_parameters = dict(rope_type="default", rope_theta=c.rope_theta)  # 5
     if model.head == "lm":
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         made = transformers.LlamaForCausalLM(config)
         # generate() then samples as ours does: from the whole softmax, at temperature 1
-        how = dict(do_sample=True, top_k=0, max_new_tokens=c.context // 2)
-        made.generation_config.update(**how)
+        made.generation_config.update(do_sample=True, top_k=0, max_new_tokens=c.context // 2)
     else:  # Llama's head has no bias: its number minus `mean` is r
         config.num_labels, config.mean, config.std = 1, model.offset.item(), 1.0
         made = transformers.LlamaForSequenceClassification(config)
@@ -85,7 +82,7 @@ def llama(model: Transformer):
     return made
 
 
-def llama_tokenizer(context: int):
+def llama_tokenizer():
     """common.encode as a BPE without merges: a regex splits the text; a part that is a piece
     becomes its id (ignore_merges), any other the ids of its bytes."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -108,7 +105,6 @@ def llama_tokenizer(context: int):
         pad_token=SPECIALS[PAD],
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
-        model_max_length=context,
         model_input_names=["input_ids", "attention_mask"],
     )
 
@@ -124,10 +120,7 @@ def main(words: list[str] | None = None) -> None:
     head = torch.load(run / "model.pt", map_location="cpu", weights_only=True)["head"]
     model = common.load_model(run, head, "cpu")
     llama(model).save_pretrained(folder)
-    llama_tokenizer(model.config.context).save_pretrained(folder)
-    about = folder / "tokenizer_config.json"  # transformers 4 and 5 both know this class
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    about.write_text(json.dumps(json.loads(about.read_text()) | kind, indent=1))
+    llama_tokenizer().save_pretrained(folder)
     print(f"{folder}: {cfg.run}, to be loaded as a Llama model")
 
 

@@ -8,6 +8,7 @@ part without its runs names the command that makes them. r is what ppo was train
 reward model; prompts are held-out ones of the data that sft, π_ref, was made of.
 """
 
+import codecs
 import csv
 import io
 import json
@@ -56,37 +57,30 @@ def frontier(r: Tensor, gold: Tensor) -> tuple[list[dict], list[dict]]:
     """Points of best-of-n, with log n − (n−1)/n, a bound on its KL, and of π* at many β."""
     best, star = [], []
     for n in (1, 2, 4, 8, 16, 32, 64):
-        best.append(dict(n=n, bound=math.log(n) - (n - 1) / n))
-        best[-1] |= bargain(best_of_n(r, n), r, gold)
+        bound = math.log(n) - (n - 1) / n
+        best.append(bargain(best_of_n(r, n), r, gold) | dict(n=n, bound=bound))
     for beta in torch.logspace(1.3, -0.8, 40).tolist():
         # π*(y) ∝ π_ref(y) e^{gold(y)/β}                                   eq:dpo_opt_policy
         star.append(bargain((gold.double() / beta).softmax(1), r, gold))
-    return [] if r.isnan().any() else best, [] if gold.isnan().any() else star
+    return best, star
 
 
 # ------------------------------------------------------------------- one prompt, step by step
 
 CURVES = ("J", "reward", "kl", "gold", "length")
 NUMBERS = ("r", "log π", "log π_ref", "kl", "R", "baseline", "A")
-STORY = ("step", "reward", "gold", "kl", "likeliest answer", "its r", "its gold")
+SPECIALS = ("EOS", "USER", "ASSISTANT", "PAD")
 
 
 def pieces(answer: dict) -> list[list]:
     """[text, A, log π, log π_ref, ρ, look] of each token; its look is special, clipped or
-    none. A character of several tokens, as bytes are, is one piece: log-probs add up, ρ
-    multiply."""
-    specials, found, begun = ("EOS", "USER", "ASSISTANT", "PAD"), [], b""
-    columns = ("tokens", "A", "logprobs", "ref_logprobs", "ratio", "clipped")
-    for i, A, logp, ref_logp, ratio, clipped in zip(*(answer[key] for key in columns)):
-        if begun:
-            *_, logp_0, ref_logp_0, ratio_0, look = found.pop()
-            logp, ref_logp, ratio = logp_0 + logp, ref_logp_0 + ref_logp, ratio_0 * ratio
-            clipped = clipped or look
-        begun += common.PIECES[i]
-        text = specials[i] if i < 4 else begun.decode("utf-8", errors="replace")
+    none. A character of several tokens, as bytes are, is the text of the last of them."""
+    characters, found = codecs.getincrementaldecoder("utf-8")("replace"), []
+    columns = ("tokens", "clipped", "A", "logprobs", "ref_logprobs", "ratio")
+    for i, clipped, *numbers in zip(*(answer[key] for key in columns)):
+        text = SPECIALS[i] if i < 4 else characters.decode(common.PIECES[i])
         look = "clipped" if clipped else "special" if i < 4 else ""
-        found.append([text, A, logp, ref_logp, ratio, look])
-        begun = begun if text == "\ufffd" and len(begun) < 4 else b""
+        found.append([text, *numbers, look])
     return found
 
 
@@ -111,23 +105,20 @@ def curve(values: list[float]) -> list[float]:
 
 
 def traced(folder: Path) -> dict:
-    """A run with a trace.jsonl: what its traced prompt went through, and its curves. `fall` is
-    how far gold fell from its peak while reward rose; NaN where there is no gold."""
+    """A run with a trace.jsonl: what its traced prompt went through, and its curves."""
     made, steps = flags(folder), []
     rows = list(csv.DictReader((folder / "metrics.csv").open(encoding="utf-8")))
     columns = {key: [float(row[key] or "nan") for row in rows] for key in CURVES}
     for line in (folder / "trace.jsonl").open(encoding="utf-8"):
         step = json.loads(line)
-        answers = distinct(step, made["estimator"])
-        steps.append({key: column[step["step"]] for key, column in columns.items()})
-        steps[-1] |= dict(step=step["step"], prompt=step["prompt"], answers=answers)
-    path = {key: curve(column) for key, column in columns.items()}
-    gold, reward, source = path["gold"], path["reward"], Path(made["reward"]).name
-    top = int(np.argmax(gold))
-    fall = gold[top] - gold[-1] if reward[-1] > reward[top] else 0 * gold[-1]
+        means = {key: column[step["step"]] for key, column in columns.items()}
+        means["beta"] = float(rows[step["step"]].get("beta") or made["beta"])  # if it moves
+        steps.append(step | means | dict(answers=distinct(step, made["estimator"])))
+    source = Path(made["reward"]).name
     about = f"A by {made['estimator']}, β = {made['beta']}, r by {source}"
-    run = dict(name=folder.name, about=about, beta=made["beta"], reward=source, fall=fall)
-    return run | dict(steps=steps, path=path, batch=made["prompts"] * made["samples"])
+    path = {key: curve(column) for key, column in columns.items()}
+    run = dict(name=folder.name, about=about, beta=made["beta"], reward=source)
+    return run | dict(steps=steps, path=path)
 
 
 def as_text(run: dict) -> str:
@@ -139,44 +130,22 @@ def as_text(run: dict) -> str:
         numbers = "".join(wide(f"{x:.2f}") for x in y["numbers"])
         times = f" × {y['times']}" if y["times"] > 1 else ""
         lines.append(f"{numbers}   {y['text']!r}{times}")
-    terms = f"{step['J']:.3f} = {step['reward']:.3f} − {run['beta']} × {step['kl']:.3f}"
+    terms = f"{step['J']:.3f} = {step['reward']:.3f} − {step['beta']} × {step['kl']:.3f}"
     return "\n".join([*lines, f"\nJ = reward − β kl over the batch: {terms}"])
 
 
 # ---------------------------------------------------------------------------- a comparison
 
-JUDGED = ("", "chosen", "rejected", "gap", "P(chosen)", "agrees", "how often")
-
-
-def judge(rows: list[dict], scores: dict[str, Tensor]) -> list[dict]:
-    """A dozen comparisons as the page shows them, the answers in an order that says nothing,
-    and what each judge says: its scores, (B, 2), chosen first, whether it agrees with the
-    label that was drawn, and how often it does, a tie counting ½."""
-    shown = []
-    for row in rows[:12]:
-        answers = sorted([(row["chosen"], "✓ chosen"), (row["rejected"], "rejected")])
-        texts, labels = zip(*answers)
-        shown.append(dict(texts=[row["prompt"], *texts], labels=labels, judges=[]))
-    for name, pairs in scores.items():
-        gaps = pairs[:, 0] - pairs[:, 1]
-        often = f"{50 * (gaps[~gaps.isnan()].sgn() + 1).mean():.0f} %"
-        columns = pairs.tolist(), gaps.tolist(), gaps.sigmoid().tolist()
-        for row, (chosen, rejected), gap, p in zip(shown, *columns):
-            said = ["✓ yes" if gap > 0 else "✗ no" if gap < 0 else "tie", often]
-            said = ["–", "–"] if math.isnan(gap) else said
-            row["judges"].append([name, chosen, rejected, gap, p, *said])
-    return shown
-
 
 def comparisons(runs: Path, names: list[str], reward, context: int, device) -> list[dict]:
-    """Held-out comparisons, judged: those under runs/, or the reader's own that a run was
-    trained on. None at all if there is no file."""
-    own = [flags(runs / name).get("data") for name in ("reward_model", "dpo")]
-    path = Path(next(filter(None, own), runs / "comparisons/comparisons.jsonl"))
+    """A dozen held-out comparisons, of those under runs/ or the reader's own that a run was
+    trained on, and their judges: [name, score of chosen, of rejected, gap, P(chosen)] each."""
+    own = flags(runs / "reward_model").get("data") or flags(runs / "dpo").get("data")
+    path = Path(own or runs / "comparisons/comparisons.jsonl")
     if not path.exists():
         return []
     rows = common.read_jsonl(path, ("prompt", "chosen", "rejected"), context)
-    rows = common.split(rows, own=any(own))[1][:400]
+    rows = common.split(rows, own=bool(own))[1][:12]
     tokens, mask = (x.flatten(0, 1) for x in common.encode_pairs(rows, device))
     asked = [row["prompt"] for row in rows for _ in range(2)]
     finished = ((tokens == common.EOS) & mask).any(1)
@@ -190,13 +159,27 @@ def comparisons(runs: Path, names: list[str], reward, context: int, device) -> l
         models = (common.load_model(runs / x, "lm", device) for x in ("dpo", made["ref"]))
         logp, ref_logp = (common.token_logprobs(x, tokens, mask).sum(1) for x in models)
         scores["DPO"] = made["beta"] * (logp - ref_logp)
-    return judge(rows, {name: x.cpu().view(-1, 2) for name, x in scores.items()})
+    chosen, rejected = torch.stack([x.cpu().view(-1, 2) for x in scores.values()]).unbind(2)
+    gap = chosen - rejected
+    numbers = torch.stack((chosen, rejected, gap, gap.sigmoid()), 2)  # (judges, pairs, 4)
+    for i, row in enumerate(rows):
+        row["judges"] = [[name, *x] for name, x in zip(scores, numbers[:, i].tolist())]
+    return rows
 
 
 # ------------------------------------------------------------------------------- pictures
 
 MARKS = {"●": "o", "▲": "^", "■": "s", "◆": "D", "▼": "v", "✚": "P", "✖": "X", "★": "*"}
-INK, FAINT, COLOUR = "#f0f0ff", "#f0f0fe", "#f0f00{}"  # stand for the colours of the page
+COLOURS = "#1f5fa8 #b8420f #2b7048 #7446a5 #85600a #0b7280 #ad3169 #5b5b5b".split()
+STYLE = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "grid.alpha": 0.4,
+    "svg.fonttype": "none",
+}
 
 
 def drawn(found: dict[str, dict], traces: list[dict]) -> dict[str, dict]:
@@ -204,30 +187,21 @@ def drawn(found: dict[str, dict], traces: list[dict]) -> dict[str, dict]:
     KL is far off."""
     shown, known = {}, {run["name"]: run for run in traces}
     for i, name in enumerate(name for name in found if name != "base"):
-        mark, colour = list(MARKS)[(i + i // 8) % 8], i % 8
+        mark, colour = list(MARKS)[(i + i // 8) % 8], COLOURS[i % 8]
         run = {key: found[name][key].mean().item() for key in ("kl", "reward", "gold")}
-        run |= dict(mark=MARKS[mark], ink=COLOUR.format(colour), traced=known.get(name))
+        run |= dict(mark=MARKS[mark], colour=colour, traced=known.get(name))
         shown[name] = run | dict(look={"number": f"{mark} {name}", "colour": colour})
     return shown
 
 
-def picture(title: str, xlabel: str, draw, *given) -> str:
-    """A panel that draw(axis, …) fills, as SVG in the colours of the page, light or dark."""
-    inked = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
-    style = dict.fromkeys(inked, INK) | {"grid.color": FAINT, "axes.grid": True, "font.size": 9}
-    style |= {"axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
-    style["svg.hashsalt"] = title  # ids of its own
-    with matplotlib.rc_context(style):
+def picture(title: str, draw, *given) -> str:
+    """A panel that draw(axis, …) fills, as SVG."""
+    with matplotlib.rc_context(STYLE):
         figure, file = Figure(figsize=(4.6, 3.4), layout="constrained"), io.StringIO()
-        axis = figure.add_subplot()
-        draw(axis, *given)
-        axis.set_title(title, loc="left", fontweight="bold")
-        axis.set_xlabel(xlabel)
+        draw(figure.add_subplot(title=title), *given)
         figure.savefig(file, format="svg", transparent=True)
-    svg = file.getvalue().replace(INK, "currentColor").replace(FAINT, "var(--line)")
-    svg = re.sub(COLOUR.format("([0-7])"), r"var(--c\1)", svg[svg.index("<svg ") + 5 :])
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # ids that other panels have too
-    return f'<svg role="img" aria-label="{title}" {svg}'
+    svg = file.getvalue()
+    return svg[svg.index("<svg ") :]
 
 
 def draw_frontier(axis, key: str, runs: dict, best: list, star: list, source: str) -> None:
@@ -238,20 +212,18 @@ def draw_frontier(axis, key: str, runs: dict, best: list, star: list, source: st
         trained = run["traced"]
         if trained and (key == "gold" or trained["reward"] == source):
             path = trained["path"]
-            axis.plot(path["kl"], path[key], color=run["ink"], linewidth=1)
-        how = dict(color=run["ink"], ms=8, clip_on=False)
-        axis.plot(max(0, run["kl"]), run[key], run["mark"], **how)
-    laws = {"best of n": (best, "kl", ".-"), "best of n, KL by formula": (best, "bound", "--")}
-    laws |= {"π*, the ideal": (star, "kl", ":")} if key == "gold" else {}
-    for label, (points, x, line) in laws.items():
-        y = [point[key] for point in points]
-        axis.plot([point[x] for point in points], y, line, color=INK, linewidth=1, label=label)
-    for point in best[2::2]:
-        place = dict(xytext=(4, -9), textcoords="offset points", fontsize=8)
-        axis.annotate(f"n = {point['n']}", (point["kl"], point[key]), **place)
+            axis.plot(path["kl"], path[key], color=run["colour"], linewidth=1)
+        axis.plot(run["kl"], run[key], run["mark"], color=run["colour"], ms=8, clip_on=False)
+    laws = [("best of n = 1, 2, 4, …, 64", best, "kl", ".-")]
+    laws += [("its KL by formula, a bound", best, "bound", "--")]
+    laws += [("π*, the ideal", star, "kl", ":")] if key == "gold" else []
+    for label, points, x, line in laws:
+        xs, ys = ([point[column] for point in points] for column in (x, key))
+        axis.plot(xs, ys, line, color="black", linewidth=1, label=label)
     axis.set_xlim(0)
     ticks = [x for x in (0, 0.25, 1, 2, 4, 8, 16, 32, 64, 128, 256) if x <= axis.get_xlim()[1]]
     axis.set_xticks(ticks, map(str, ticks))
+    axis.set_xlabel("KL(π ‖ π_ref), nats")
     axis.legend(frameon=False, fontsize=8)
 
 
@@ -259,20 +231,22 @@ def draw_curve(axis, key: str, runs: list[dict]) -> None:
     """A column of metrics.csv over the course of training."""
     for run in runs:
         y = run["traced"]["path"][key]
-        axis.plot(np.linspace(0, 1, len(y)), y, color=run["ink"])
-        axis.plot(1, y[-1], run["mark"], color=run["ink"])
+        axis.plot(np.linspace(0, 1, len(y)), y, color=run["colour"])
+        axis.plot(1, y[-1], run["mark"], color=run["colour"])
+    axis.set_xlabel("share of training")
 
 
 def pictures(runs: dict[str, dict], best: list, star: list, source: str) -> dict[str, str]:
-    """The SVGs of parts 2 and 3. A number that no run has gets no panel."""
+    """The SVGs of parts 2 and 3."""
+    if matplotlib is None:
+        why = "matplotlib is not installed, so nothing is drawn here: pip install matplotlib"
+        return dict(frontier=why, curves=why)
     parts, trained = {"frontier": "", "curves": ""}, [x for x in runs.values() if x["traced"]]
-    for key in ("reward", "gold") if matplotlib else ():
-        if not any(math.isnan(run[key]) for run in runs.values()):
-            given = draw_frontier, key, runs, best, star, source
-            parts["frontier"] += picture(f"{key} against KL", "KL(π ‖ π_ref), nats", *given)
-    for key in CURVES if matplotlib else ():
-        if any(not math.isnan(run["traced"]["path"][key][0]) for run in trained):
-            parts["curves"] += picture(key, "share of training", draw_curve, key, trained)
+    for key in ("reward", "gold"):
+        given = draw_frontier, key, runs, best, star, source
+        parts["frontier"] += picture(f"{key} against KL", *given)
+    for key in CURVES if trained else ():
+        parts["curves"] += picture(key, draw_curve, key, trained)
     return parts
 
 
@@ -288,28 +262,19 @@ def table(found: dict[str, dict], shown: dict[str, dict]) -> list:
         row = [shown[name]["look"] if name in shown else name]
         for key in ("reward", "gold", "kl"):
             row.append(dict(number=mean[key], error=common.standard_error(run[key], groups)))
-        row += [common.win_rate(run["gold"], sft["gold"]).item(), mean["right"]]
-        rows.append([*row, f"{mean['length']:.1f}", f"{mean['finished']:.3f}"])
+        row.append(common.win_rate(run["gold"], sft["gold"]).item())
+        rows.append([*row, mean["right"], mean["length"], mean["finished"]])
     return [["", "reward", "gold", "KL", "win rate", "right", "length", "finished"], rows]
 
 
-def missing(flags: str, best: list, traces: list[dict], pairs: list[dict]) -> dict[str, str]:
+def missing(flags: str, reward, traces: list[dict], pairs: list[dict]) -> dict[str, str]:
     """Part -> a sentence that says what is not there, and the command that makes it."""
     found = {}
-    if not best:
+    if reward is None:
         found["frontier"] = f"There is no r to choose by: python reward_model.py{flags}"
     if not traces:
-        text = f"No run of ppo.py is here. This makes one: python ppo.py{flags}"
-        found |= dict(curves=text, prompt=text, wrong=text)
-    elif all(math.isnan(run["fall"]) for run in traces):
-        found["wrong"] = "Answers to prompts of your own have no gold: read them, and judge."
-    elif not any(run["fall"] > 0.25 for run in traces):
-        weak = f"python reward_model.py --pairs 2000 --out rm_weak{flags}"
-        weak += f"; python ppo.py --beta 0 --reward rm_weak --out ppo_weak{flags}"
-        found["wrong"] = f"In no run does gold fall while reward rises. These make one: {weak}"
-    if matplotlib is None:
-        text = "matplotlib is not installed, so nothing is drawn here: pip install matplotlib"
-        found |= dict(frontier=text, curves=text)
+        why = f"No run of ppo.py is here. This makes one: python ppo.py{flags}"
+        found |= dict.fromkeys(("curves", "prompt", "wrong"), why)
     if not pairs or len(pairs[0]["judges"]) < 3:
         commands = f"python reward_model.py{flags}; python dpo.py{flags}"
         found["comparison"] = f"Pairs or judges are missing. These make them: {commands}"
@@ -327,41 +292,33 @@ def report(cfg) -> Path:
     cfg.data, cfg.max_new_tokens = made.get("data"), made.get("max_new_tokens", 24)
     cfg.init, cfg.out = "sft", "ppo"  # whose answers stand under the table
     prompts = common.read_prompts(cfg, policy.config.context)[1]
-    reward, source = find_reward(runs, ["ppo", *names], device)
+    reward, source = find_reward(runs, "ppo", device)
 
     # what is measured: the table, best-of-n and π*, comparisons
     found = common.closing_table(cfg, names, reward, source, prompts, device)
     asked = found["sft"]["prompts"]
-    some = ([x for x in asked if x == zoo.without_opening(x)] or asked)[:84]
-    print(f"\nbest of n: {SAMPLES} answers of sft to each of {len(some)} prompts")
-    samples = common.evaluate(policy, policy, reward, some, cfg.max_new_tokens, n=SAMPLES)
+    given = policy, policy, reward, asked[::4], cfg.max_new_tokens
+    samples = common.evaluate(*given, n=SAMPLES)
     best, star = frontier(samples["reward"], samples["gold"])
     pairs = comparisons(runs, names, reward, policy.config.context, device)
 
-    # what is shown: beside ppo, or another traced run, one with a low β and the same reward
+    # what is shown: ppo first, then, as the one beside it, the run that pays least for KL
     traces = [traced(runs / name) for name in names if (runs / name / "trace.jsonl").exists()]
-    traces.sort(key=lambda run: run["name"] != "ppo")
-    beside = sorted(traces[1:], key=lambda x: (x["beta"], x["reward"] != traces[0]["reward"]))
-    worst = sorted(traces, key=lambda run: -run["fall"])
+    traces.sort(key=lambda run: (run["name"] != "ppo", run["beta"]))
     shown = drawn(found, traces)
-    looks = {x: [run["look"] for run in shown.values() if run["traced"] or x == "frontier"]
-             for x in ("frontier", "curves")}  # fmt: skip
     again = f" --runs {runs}" + " --data YOUR.jsonl" * bool(cfg.data)
     about = f"{len(asked)} held-out prompts × 4 answers; reward: {source}; KL, win rate to: sft"
     page = dict(
         table=table(found, shown),
         about=f"{about}; ± is one standard error",
-        legends=looks,
+        legend=[run["look"] for run in shown.values()],
         traces=traces,
-        chosen=[some[0]["name"] if some else None for some in (traces, beside, worst)],
+        numbers=NUMBERS,
         pairs=pairs,
-        heads=dict(numbers=NUMBERS, story=STORY, judged=JUDGED),
-        missing=missing(again, best, traces, pairs),
+        missing=missing(again, reward, traces, pairs),
     )
-    # numbers as short as they are shown, and null where there is none
-    how = dict(parse_float=lambda x: round(float(x), 4), parse_constant=lambda _: None)
-    data = json.dumps(json.loads(json.dumps(page), **how), ensure_ascii=False)
     parts = pictures(shown, best, star, source)
+    data = json.dumps(page, ensure_ascii=False)
     parts["data"] = data.replace("<", "\\u003c")  # so no text in it can end the script
     template = Path(__file__).with_name("report.html").read_text("utf-8")
     html = re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], template)
@@ -376,16 +333,12 @@ def main(words: list[str] | None = None) -> None:
     options.add_argument("--open", action="store_true", help="open the page in a browser")
     cfg = options.parse_args(words)
     if cfg.text:
-        folder = cfg.runs / cfg.text
-        if not (folder / "trace.jsonl").exists():
-            made = f"python ppo.py --runs {cfg.runs} --out {cfg.text} makes one"
-            common.fail(f"{folder / 'trace.jsonl'} is not there; {made}")
-        print(as_text(traced(folder)))
+        print(as_text(traced(find(cfg.runs, cfg.text))))
         return
     path = report(cfg)
     print(path)
     if cfg.open:
-        webbrowser.open(path.as_uri())
+        webbrowser.open(path.absolute().as_uri())
 
 
 if __name__ == "__main__":

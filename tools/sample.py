@@ -23,9 +23,7 @@ def parser(doc: str, *words: tuple[str, str]) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=doc, formatter_class=style)
     for name, about in words:
         options.add_argument(name, help=about)
-    # absolute, as a reward function of the reader's own may change the working folder
-    options.add_argument("--runs", type=lambda name: Path(name).absolute(), default="runs",
-                         help="the folder of all runs (default: runs)")  # fmt: skip
+    options.add_argument("--runs", type=Path, default="runs", help="default: runs")
     return options
 
 
@@ -45,16 +43,15 @@ def flags(folder: Path) -> dict:
     return json.loads(path.read_text("utf-8"))["flags"] if path.exists() else {}
 
 
-def find_reward(runs: Path, names: list[str], device) -> tuple[common.Reward | None, str]:
-    """r(x, y) and its name: what the first of these runs that has one was trained on, else
-    the reward model, if it is there."""
-    for source in [flags(runs / name).get("reward") for name in names] + ["reward_model"]:
-        if source and ".py:" in source:
-            return common.load_reward(None, source, device), Path(source).name
-        if source and (runs / source / "model.pt").exists():
-            model = common.load_model(runs / source, "scalar", device)
-            return common.model_reward(model), source
-    return None, "none yet"
+def find_reward(runs: Path, name: str, device) -> tuple[common.Reward | None, str]:
+    """r(x, y) and its name: what this run was trained on, else the reward model; None if it
+    is not there."""
+    source = flags(runs / name).get("reward", "reward_model")
+    if ".py:" in source:
+        return common.load_reward(None, source, device), Path(source).name
+    if not (runs / source / "model.pt").exists():
+        return None, "none yet"
+    return common.model_reward(common.load_model(runs / source, "scalar", device)), source
 
 
 @torch.no_grad()
@@ -66,7 +63,7 @@ def main(words: list[str] | None = None) -> None:
     cfg = options.parse_args(words)
     device, folder = common.pick_device("auto"), find(cfg.runs, cfg.run)
     policy = common.load_model(folder, "lm", device)
-    reward, _ = find_reward(cfg.runs, [cfg.run], device)
+    reward, _ = find_reward(cfg.runs, cfg.run, device)
     if cfg.best and reward is None:
         find(cfg.runs, "reward_model")  # fails: it is not there
 
