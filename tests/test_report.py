@@ -109,15 +109,18 @@ def test_the_baseline_is_what_was_subtracted(tmp_path, estimator):
 
 
 def test_the_last_step_as_text(tmp_path, capsys):
-    """The first step, or another run's; an equation of other numbers; numbers under another
-    head; equal answers more than once; a text that clears the screen; curves that lose or mix
-    steps."""
+    """The first step, or another run's; an equation of other numbers, as of the first β where
+    a column says that it moves; numbers under another head; equal answers more than once; a
+    text that clears the screen; curves that lose or mix steps."""
     traced(tmp_path / "it", [1, 2, 3], [-1, 2, 3], ["mice.\u2028\x1b[2J"] * 2 + ["leaves."])
     (tmp_path / "it/model.pt").touch()
+    path = tmp_path / "it/metrics.csv"
+    said = path.read_text().replace("length\n", "length,beta\n").replace("9\n", "9,0.5\n")
+    path.write_text(said)
     report.main(["--text", "it", "--runs", str(tmp_path)])
     said = capsys.readouterr().out
     assert "it, step 2 " in said
-    assert "2.950 = 3.000 − 0.25 × 0.200" in said
+    assert "2.950 = 3.000 − 0.5 × 0.200" in said
     heads = " +r +log π +log π_ref +kl +R +baseline +A +y\n"
     numbers = r" +1.00 +-8.00 +-10.00 +0.50 +0.75 +-1.75 +2.50 +"
     numbers += r"'mice.\\u2028\\x1b\[2J' × 2\n.*leaves"
