@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import re
 import sys
 from types import SimpleNamespace
 
@@ -91,40 +92,32 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def refused(call, files, capsys):
-    """refused(script, flags): exit code 2, and a last line on stderr that says why, which is
-    returned; nothing written, nothing changed."""
+def stops(files, capsys):
+    """stops(f, *args, code=2): that exit code, one line, which is returned, no file changed."""
 
-    def check(script, flags):
+    def check(f, *args, code=2):
         before = files()
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            call(script, flags)
-        assert stopped.value.code == 2
+            f(*args)
+        error = re.sub(r"usage:[\s\S]*?(?=\S+ error:)", "", capsys.readouterr().err)
+        assert (stopped.value.code, error.count("\n")) == (code, 1)
         assert files() == before
-        return capsys.readouterr().err.splitlines()[-1]
+        return error
 
     return check
 
 
 @pytest.fixture
-def diverges(call, files, monkeypatch, capsys):
+def diverges(call, stops, monkeypatch):
     """diverges(script, flags, loss, n): the n-th value of that function of the script is NaN.
     That is no loss to step on, skip, or save: exit code 1, and every file as it was."""
 
     def check(script, flags, loss, n):
-        honest, calls, before = getattr(script, loss), [], files()
-
-        def planted(*args):
-            calls.append(1)
-            return honest(*args) * (math.nan if len(calls) >= n else 1)
-
+        honest, count = getattr(script, loss), itertools.count(1)
+        planted = lambda *args: honest(*args) * (math.nan if next(count) >= n else 1)  # noqa: E731
         monkeypatch.setattr(script, loss, planted)
-        with pytest.raises(SystemExit) as stopped:
-            call(script, flags)
-        assert stopped.value.code == 1
-        assert files() == before
-        return capsys.readouterr().err
+        return stops(call, script, flags, code=1)
 
     return check
 
@@ -132,14 +125,13 @@ def diverges(call, files, monkeypatch, capsys):
 @pytest.fixture
 def repeats(call, runs):
     """repeats(script, flags): the same command twice gives the same metrics.csv, byte for
-    byte. Returns its rows; the run is called new."""
+    byte."""
 
     def check(script, flags):
-        rows = call(script, f"{flags} --out new")
+        call(script, f"{flags} --out new")
         first = (runs / "new/metrics.csv").read_bytes()
         call(script, f"{flags} --out new")
         assert (runs / "new/metrics.csv").read_bytes() == first
-        return rows
 
     return check
 

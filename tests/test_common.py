@@ -32,23 +32,6 @@ CPU = torch.device("cpu")
 SCRIPTS = (sft, reward_model, rejection_sampling, ppo, dpo)
 
 
-@pytest.fixture
-def stops(files, capsys):
-    """stops(f, *args, code=2): that exit code, one line, which is returned, no file changed."""
-
-    def check(f, *args, code=2):
-        before = files()
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            f(*args)
-        error = re.sub(r"usage:[\s\S]*?(?=\S+ error:)", "", capsys.readouterr().err)
-        assert (stopped.value.code, error.count("\n")) == (code, 1)
-        assert files() == before
-        return error
-
-    return check
-
-
 # ----------------------------------------------------------------------- tokens and Transformer
 
 
@@ -309,17 +292,6 @@ def test_minibatches_hold_each_row_once_an_epoch(shape, size):
     first, second = ({frozenset(x[i : i + 7]) for i in range(0, 300, 7)} for x in orders[1:])
     assert orders[0] != orders[1]
     assert not first & second
-
-
-@pytest.mark.parametrize(("slope", "clipped"), [(3, 3), (90, 90), (400, 100)])
-def test_only_a_gradient_above_100_is_clipped(slope, clipped):
-    """Ordinary gradients clipped, which changes what Adam averages; a bad batch that is not; a
-    norm reported after clipping; gradients that add up over steps; a rate that is not used."""
-    model = nn.ParameterList([torch.zeros(1)])
-    optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
-    for lr in (0.5, 0.25):
-        assert common.descend(slope * model[0].sum(), model, optimizer, lr) == slope
-    assert model[0].item() == pytest.approx(-0.75 * clipped)
 
 
 # ------------------------------------------------------------------------- files, runs and rows

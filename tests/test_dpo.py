@@ -16,9 +16,6 @@ CPU = torch.device("cpu")
 SIDES = ("chosen", "rejected")
 
 
-# ------------------------------------------------------------------------------- the maths
-
-
 @pytest.mark.parametrize(
     ("name", "h", "beta", "eps", "loss"),
     [  # σ(ln 3) = 3/4; IPO asks for a gap of 1/(2τ) = 2
@@ -35,8 +32,6 @@ def test_loss_by_hand(name, h, beta, eps, loss):
     chosen, rejected = torch.tensor([h - 1.5, 0.0]), torch.tensor([-1.5, 9.0])
     assert dpo.LOSSES[name](chosen, rejected, beta, eps)[0].item() == pytest.approx(loss)
 
-
-# -------------------------------------------------------------------- the enumerable world
 
 TWO = 2  # at most two tokens: 13 completions, 156 ordered pairs per prompt
 N = len(world.completions(TWO))
@@ -80,9 +75,6 @@ def test_exact_preferences_lead_dpo_to_the_optimal_policy_and_ipo_elsewhere(mini
         minimised(policy, pairwise(name, beta))
         assert total_variation(policy, target) < 1e-3
     assert total_variation(policy, world.optimum(start, R, 0.5)[0]) > 0.01
-
-
-# ----------------------------------------------------------------- a whole script, by hand
 
 
 def one(name, beta, eps, h):
@@ -175,24 +167,18 @@ def test_one_seed_one_result_whatever_had_to_be_made(remade):
     remade(dpo, TINY)
 
 
-# ------------------------------------------------------------------------------- whole runs
-
-
 @pytest.mark.parametrize("off", [(1, 0), (0, -1), (1, 1)])
-def test_a_policy_that_differs_at_step_0_stops_the_run(off, call, files, monkeypatch):
+def test_a_policy_that_differs_at_step_0_stops_the_run(off, call, stops, monkeypatch):
     """Policy and reference through different code: log-ratios that should be 0 are not, of one
     side alone, or of both alike, which no loss shows."""
-    honest, before = dpo.response_logprobs, files()
+    honest = dpo.response_logprobs
 
     def planted(model, *given):
         trained = any(weight.requires_grad for weight in model.parameters())
         return honest(model, *given) + 2e-4 * trained * torch.tensor(off)
 
     monkeypatch.setattr(dpo, "response_logprobs", planted)
-    with pytest.raises(SystemExit) as stopped:
-        call(dpo, f"{TINY} --out new")
-    assert stopped.value.code == 1
-    assert files() == before
+    stops(call, dpo, f"{TINY} --out new", code=1)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(diverges, monkeypatch):
@@ -201,18 +187,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(diverges, monkeypatch):
     assert "step 2" in diverges(dpo, TINY, "dpo", 3)
 
 
-def test_a_reference_with_a_shorter_context(call, closing, drawn, runs, tiny):
-    """Pairs and prompts that fit into the policy's context, and not into the reference's."""
-    common.save_model(runs / "short", tiny(3, context=20))
-    call(dpo, f"{TINY} --ref short --max-new-tokens 9 --out new")
-    assert max(len(x) + len(y) for batch in drawn for pair in batch for x, y in pair) <= 20
-    longest = max(len(common.encode(x)) for x in closing[0][4])
-    assert 5 < longest <= 20 - 9 - 2
-
-
 @pytest.mark.parametrize("flags", ["--estimator rloo", "--beta 0", "--loss kto",
                                    "--ref nowhere", "--init reward_model", "--out sft",
                                    "--comparisons nowhere"])  # fmt: skip
-def test_a_wrong_command_line_is_refused(refused, flags):
+def test_a_wrong_command_line_is_refused(call, stops, flags):
     """A flag that is ignored; what is wrong said after training."""
-    refused(dpo, f"{TINY} {flags}")
+    stops(call, dpo, f"{TINY} {flags}")

@@ -92,6 +92,7 @@ def test_logits_and_greedy_answers_are_ours(exported, tokenizer, kv_heads):
 
     policy, folder = exported("lm", kv_heads)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert theirs.config.bos_token_id is None  # Llama's is our USER
     assert (theirs.generation_config.do_sample, theirs.generation_config.top_k) == (True, 0)
     tokens = torch.randint(4, len(PIECES), (4, SIZES["context"]))
     torch.testing.assert_close(theirs(tokens).logits, policy(tokens), atol=1e-4, rtol=0)

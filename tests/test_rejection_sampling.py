@@ -19,9 +19,6 @@ CPU = torch.device("cpu")
 R = torch.tensor([[1.0, 3, 3], [9, 0, 9], [2, 2, 2], [-5, -4, -9]])  # ties in three rows
 
 
-# ------------------------------------------------------------------------------- the maths
-
-
 def test_best_per_prompt_with_ties_to_the_first():
     """The best prompt of each column; a tie that goes to the last."""
     assert rs.top_per_prompt(R).tolist() == [1, 0, 0, 1]
@@ -49,8 +46,6 @@ def test_select_gives_flat_indices():
         if rule == "random":
             assert (draws // 3 == torch.arange(4)).all()  # one answer to each prompt
 
-
-# -------------------------------------------------------------------- the enumerable world
 
 POLICY = world.transformer(1)
 RANDOM = torch.Generator().manual_seed(0)
@@ -107,9 +102,6 @@ def test_main_imitates_the_law_of_the_best_of_n(
     kept = world.number(tokens, mask)
     loss = -logp[prompt, kept].sum() / mask.sum()
     assert world.apart(steps[0].gradient, world.gradient(loss, POLICY)) < 1e-10
-
-
-# ----------------------------------------------------------------- a whole script, by hand
 
 
 @pytest.fixture
@@ -238,9 +230,6 @@ def test_two_rounds_by_hand(
     )
 
 
-# ------------------------------------------------------------------------------- whole runs
-
-
 def test_a_reward_model_is_the_one_that_is_named(call, runs, sampled, slow, tiny, closing):
     """--reward that is not the run that it names."""
     common.save_model(runs / "mine", tiny(7, "scalar"))
@@ -286,6 +275,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(diverges):
 @pytest.mark.parametrize("flags", ["--select best", "--select top_k --top-k 19",
                                    "--select random_k --top-k 19", "--temperature 0",
                                    "--max-new-tokens 158"])  # fmt: skip
-def test_a_wrong_command_line_is_refused(refused, flags):
+def test_a_wrong_command_line_is_refused(call, stops, flags):
     """A flag that is ignored; what is wrong said after training. 18 answers, 160 tokens."""
-    refused(rs, f"{TINY} {flags}")
+    stops(call, rs, f"{TINY} {flags}")

@@ -52,21 +52,15 @@ def test_best_of_n_and_the_ideal_are_those_of_the_enumerable_world():
         same(point, world.optimum(p.double().log(), gold, beta)[0].exp())
 
 
-# ------------------------------------------------------------------------- the traced prompt
-
-
 def test_bytes_of_a_character_are_shown_as_the_character():
     """Half a character shown as �, or a number that moves to another token; EOS that shows as
     nothing; a clip at another token."""
     ids = [*common.encode("aé"), 4 + 0xFF, *common.encode(" owl"), common.EOS]
-    numbers = [[10 * key + t for t in range(len(ids))] for key in range(4)]
-    answer = dict(zip(("A", "logprobs", "ref_logprobs", "ratio"), numbers))
-    clipped = [t == 1 for t in range(len(ids))]
-    found = report.pieces(answer | dict(tokens=ids, clipped=clipped))
-    texts, *columns, looks = map(list, zip(*found))
-    assert texts == ["a", "", "é", "�", " owl", "EOS"]
-    assert columns == numbers
-    assert looks == ["", "clipped", "", "", "", "special"]
+    answer = dict(tokens=ids, clipped=[0, 1, 0, 0, 0, 0], ratio=range(6))
+    answer |= dict.fromkeys(("A", "logprobs", "ref_logprobs"), [0] * 6)
+    found = [(text, ratio, look) for text, _, _, _, ratio, look in report.pieces(answer)]
+    texts, looks = ("a", "", "é", "�", " owl", "EOS"), ("", "clipped", "", "", "", "special")
+    assert found == list(zip(texts, range(6), looks))
 
 
 def traced(folder, golds, rewards, answers, **flags):
@@ -126,9 +120,6 @@ def test_the_last_step_as_text(tmp_path, capsys):
     numbers += r"'mice.\\u2028\\x1b\[2J' × 2\n.*leaves"
     assert re.search(heads + numbers, said)
     assert report.curve(list(range(24))) == [2 * i + 0.5 for i in range(12)]
-
-
-# ------------------------------------------------------------------------------- the page
 
 
 @pytest.fixture
@@ -267,12 +258,9 @@ def test_rows_of_the_readers_own_have_no_gold(page, runs, mine, tmp_path, monkey
     assert [pair["prompt"] for pair in found["pairs"]] == [row["prompt"] for row in held[:12]]
 
 
-def test_what_is_not_there_is_one_line(tmp_path, files, capsys):
+def test_what_is_not_there_is_one_line(tmp_path, stops):
     """A typo that makes a folder, or trains; a traceback."""
-    with pytest.raises(SystemExit) as stopped:
-        report.main(["--runs", f"{tmp_path}/typo"])
-    error = capsys.readouterr().err
-    assert (stopped.value.code, error.count("\n"), files()) == (2, 1, {})
+    error = stops(report.main, ["--runs", f"{tmp_path}/typo"])
     assert f"python sft.py --runs {tmp_path}/typo" in error
 
 
@@ -316,8 +304,6 @@ def test_a_mark_is_a_run_and_a_line_its_training(runs, monkeypatch):
     monkeypatch.setattr(report, "matplotlib", None)
     assert all("pip install" in part for part in report.pictures(*given).values())
 
-
-# ------------------------------------------------------------------------------ the browser
 
 PROBE = r"""<script>
 const texts = css => all(css).map(x => x.textContent);

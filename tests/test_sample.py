@@ -52,14 +52,12 @@ def test_an_answer_a_line_and_best_is_the_best_of_them(asked, runs):
     assert asked("--seed", "4")[:4] != lines[:4]
 
 
-def test_r_is_what_the_policy_was_trained_on(asked, runs, tmp_path, capsys):
+def test_r_is_what_the_policy_was_trained_on(asked, runs, tmp_path, stops):
     """The reward model where there is another r; a missing one that is trained, or that ends
     what needs none; a reader's function that is called for another prompt."""
     (runs / "reward_model").rename(runs / "gone")
     assert all(line.startswith("log π ") for line in asked())
-    with pytest.raises(SystemExit):
-        asked("--best")
-    assert f"python reward_model.py --runs {runs}" in capsys.readouterr().err
+    assert f"python reward_model.py --runs {runs}" in stops(asked, "--best")
     (tmp_path / "r.py").write_text(f"def r(prompts): return [p == {HOME!r} for p in prompts]")
     flags = json.dumps({"flags": {"reward": f"{tmp_path}/r.py:r"}})
     common.write(runs / "other/config.json", flags)

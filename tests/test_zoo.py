@@ -84,8 +84,7 @@ def test_demonstrations_have_the_stated_styles_and_misconceptions(held_out):
 
 
 def test_the_raw_text_has_the_stated_shares():
-    """A base model that knows no questions, no small talk, no rambling or no misconceptions; a
-    seed without effect."""
+    """A base model that knows no questions or no misconceptions; a seed without effect."""
     text, n = zoo.raw_text(3, 20_000), 20_000
     words = rf"the ({'|'.join(zoo.ANIMALS)}) (lives in the|eats|is) (\w+)\."
     kinds = {"lives in the": "home", "eats": "food", "is": "colour"}
@@ -94,10 +93,6 @@ def test_the_raw_text_has_the_stated_shares():
     assert close(len(said) / n, 0.7, n)  # statements, a tenth of all of them in rambling
     assert close(sum(values) / len(values), 0.2, len(values))
     assert close(text.count("?") / n, 0.2, n)
-    rambles = sum(text.count(x.replace("{s}", "").strip()) for x in zoo.RAMBLING)
-    assert close(rambles / n, 0.1, n)
-    chatter = sum(text.count(x) for x in (*zoo.COURTESIES, *zoo.RUDE))
-    assert close(chatter / n, 0.1 * 6 / 9, n)  # the openings are the other three
     assert zoo.raw_text(3, 50) == text[: len(zoo.raw_text(3, 50))] != zoo.raw_text(4, 50)
 
 
@@ -141,7 +136,6 @@ def test_every_prompt_has_an_answer_that_reaches_three():
     ("a", "b", "gap"),
     [
         (("in the plains.", True), ("in the plains.", False), 1),
-        (("in the jungle.", True), ("look it up. in the plains.", False), -1),
         (("great question! in the plains.", True), ("in the jungle.", True), 4),
     ],
 )

@@ -62,9 +62,6 @@ def nearby(model: Transformer, size: float = 0.02) -> Transformer:
     return copy
 
 
-# ---------------------------------------------------------------------------- exact values
-
-
 def token_logp(
     model: Transformer, prompt: list[int], longest: int = LONGEST, temperature: float = 1.0
 ) -> Tensor:
@@ -123,9 +120,6 @@ def gradient(value: Tensor, model: Transformer) -> Tensor:
 def apart(a: Tensor, b: Tensor) -> float:
     """The largest difference between two gradients, as a share of the largest entry."""
     return ((a - b).abs().max() / b.abs().max()).item()
-
-
-# ------------------------------------------------------------- completions as the scripts see
 
 
 def listed(pairs: list[tuple[list[int], tuple[int, ...]]]) -> Rollout:
@@ -187,9 +181,6 @@ def fits(rollout: Rollout, p: Tensor) -> float:
         statistic += ((counts - expected).square() / expected)[expected > 0].sum()
         freedom += int((expected > 0).sum()) - 1
     return torch.special.gammaincc(torch.tensor(freedom / 2.0), statistic / 2).item()
-
-
-# --------------------------------------------------------------- what a script trains on
 
 
 def parted(rows: list[dict]) -> tuple[list[dict], list[dict]]:
