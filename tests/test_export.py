@@ -93,6 +93,8 @@ def test_logits_and_greedy_answers_are_ours(exported, tokenizer, kv_heads):
     policy, folder = exported("lm", kv_heads)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert theirs.config.bos_token_id is None  # Llama's is our USER
+    assert theirs.config.max_position_embeddings == SIZES["context"]  # vLLM's limit
+    assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
     assert (theirs.generation_config.do_sample, theirs.generation_config.top_k) == (True, 0)
     tokens = torch.randint(4, len(PIECES), (4, SIZES["context"]))
     torch.testing.assert_close(theirs(tokens).logits, policy(tokens), atol=1e-4, rtol=0)
@@ -127,7 +129,7 @@ def test_rewards_are_ours_up_to_the_offset(exported, tokenizer):
     left = tokenizer.pad({"input_ids": [x + y for x, y in rows]}, return_tensors="pt")
     right = {"input_ids": tokens, "attention_mask": (tokens != PAD).long()}
     for batch in (left, right):
-        found = theirs(**batch).logits - theirs.config.mean
+        found = (theirs(**batch).logits - theirs.config.mean) / theirs.config.std
         torch.testing.assert_close(found, expected[:, None], atol=1e-4, rtol=0)
 
 
