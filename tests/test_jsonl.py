@@ -12,6 +12,7 @@ PLAIN = {"prompt": "qu", "completion": "aa", "chosen": "bb", "rejected": "cc"}
 QU = {"role": "user", "content": "qu"}
 AA, BB, CC = ({"role": "assistant", "content": text} for text in ("aa", "bb", "cc"))
 OTHER = QU | {"content": "another question"}
+IMAGE = QU | {"content": [{"type": "image", "url": "u"}]}
 IN_PARTS = QU | {"content": [{"type": "text", "text": part} for part in "qu"]}
 
 
@@ -52,13 +53,16 @@ def test_the_usual_formats_are_read(tmp_path, keys, row):
     ("keys", "line"),
     [
         (SFT, b'{"prompt": "qu", "completion": '),
+        (SFT, b'["prompt", "completion"]'),
         (SFT, b'{"prompt": "\xff", "completion": "aa"}'),  # not UTF-8
         (SFT, {"prompt": "qu", "response": "aa"}),
+        (SFT, {"prompt": "qu", "completion": 3}),
         (SFT, {"prompt": "qu", "completion": "aa", "label": False}),
         (PAIRS, {"prompt": "qu", "chosen": "aa"}),
         (SFT, {"messages": [AA, QU]}),
         (SFT, {"messages": [QU, AA, QU, AA]}),  # a longer conversation
         (SFT, {"messages": [{"role": "system", "content": "be brief"}, QU, AA]}),
+        (SFT, {"messages": [IMAGE, AA]}),
         (PAIRS, {"prompt": [QU, AA, QU], "chosen": [BB], "rejected": [CC]}),
         (PAIRS, {"chosen": [QU, BB], "rejected": [OTHER, CC]}),
     ],

@@ -539,8 +539,7 @@ def test_a_reward_function_is_maximised_on_own_prompts(call, closing, runs, tmp_
     run |= dict(reward=f"{tmp_path}/mine.py:r", data=tmp_path / "mine.jsonl", estimator="rloo")
     rows, held = call(ppo, flags(**run)), {*closing[0][4]}
     batches = [json.loads(line) for line in seen.read_text().splitlines()]
-    assert {prompt for prompts, _ in batches for prompt in prompts} == {*mine} - held
-    assert 0 < len(held) < 10
+    assert {prompt for prompts, _ in batches for prompt in prompts} == {*mine} - held < {*mine}
     assert closing[0][3] == "mine.py:r"
     assert {row["gold"] for row in rows} == {""}
     first, last = (sum(float(row["reward"]) for row in x) / 3 for x in (rows[:3], rows[-3:]))

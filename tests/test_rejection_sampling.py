@@ -142,12 +142,11 @@ def value(prompt, text):
 
 @pytest.fixture
 def scored(tmp_path):
-    """--reward FILE.py:r, which is `value`: the prompt's length and the answer's bytes."""
-    file = tmp_path / "mine.py"
-    file.write_text("def r(prompts, completions):\n"
-                    "    return [len(a) / 4 + sum(b.encode()) % 97 / 97"
-                    " for a, b in zip(prompts, completions)]\n")  # fmt: skip
-    return f"{file}:r"
+    """--reward FILE.py:r, which is `value` of each row."""
+    text = "from test_rejection_sampling import value\n"
+    text += "def r(prompts, completions): return list(map(value, prompts, completions))"
+    (tmp_path / "mine.py").write_text(text)
+    return f"{tmp_path}/mine.py:r"
 
 
 def chosen(rule, rewards):

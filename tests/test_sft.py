@@ -131,10 +131,8 @@ def test_the_base_model_by_hand(
     assert drawn == []
 
 
-FLAGS = ["--base-steps 3", "--base-lr 0.1", "--layers 2", "--channels 64", "--context 64"]
-
-
-@pytest.mark.parametrize("flag", ["", "--raw raw.txt", *FLAGS])
+@pytest.mark.parametrize("flag", ["", "--raw raw.txt", "--base-steps 3", "--base-lr 0.1",
+                                  "--layers 2", "--channels 64", "--context 64"])  # fmt: skip
 def test_a_flag_of_the_base_model_makes_it_anew(
     flag, call, runs, small, mine, closing, monkeypatch
 ):

@@ -9,6 +9,7 @@ not let a stranger's prompt spell <|assistant|>.
 """
 
 import importlib.util
+import json
 from pathlib import Path
 
 import torch
@@ -121,6 +122,9 @@ def main(words: list[str] | None = None) -> None:
     model = common.load_model(run, head, "cpu")
     llama(model).save_pretrained(folder)
     llama_tokenizer().save_pretrained(folder)
+    about = folder / "tokenizer_config.json"  # transformers 4 knows this class as well
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    about.write_text(json.dumps(json.loads(about.read_text()) | kind, indent=1))
     print(f"{folder}: {cfg.run}, to be loaded as a Llama model")
 
 

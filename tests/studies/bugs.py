@@ -75,10 +75,6 @@ dropout while training | common.py Block.forward | trl#744 | ppo
     F\.silu\((\w+)\) => F.dropout(F.silu(\1), 0.1)
 
 # sampling
-PAD behind the end counts as answer | common.py generate | DeepSpeedExamples#672
-    lambda *given, **more: (lambda r: Rollout(
-    r.tokens, r.response_mask.cumsum(1) > 0, r.finished, r.logprobs))(old(*given, **more))
-
 an answer cut at the limit counts as finished | common.py generate | trl#3750
     lambda *given, **more: (lambda r: Rollout(
     r.tokens, r.response_mask, r.finished | True, r.logprobs))(old(*given, **more))
@@ -92,14 +88,6 @@ unlikely tokens are never sampled, as with top-p | common.py generate | NeMo-Ali
 
 one draw for all rows: N answers are the same one | common.py generate | –
     torch\.rand\((\w+), (.*?)\)\.to => torch.rand(1, \2).repeat(\1, 1).to
-
---temperature does not arrive | common.py sample_answers | – | rejection_sampling
-    lambda policy, prompts, n, max_new_tokens, temperature=1.0: old(
-    policy, prompts, n, max_new_tokens)
-
-answers are handed to other prompts | common.py sample_answers | – | rejection_sampling
-    lambda *given, **more: (
-    (asked[::-1], rollout) for asked, rollout in old(*given, **more))
 
 # log-probs and scores of many rows; steps
 rows come back in the order of their length | common.py in_passes | –
@@ -118,7 +106,7 @@ gradients of the step before are left | common.py descend | – | sft
 Adam is made anew for each step | common.py descend | – | ppo
     lambda loss, model, optimizer, lr: old(loss, model, adam(model), lr)
 
-gradients are always clipped | common.py descend | –
+gradients are always clipped | common.py descend | – | sft
     , MAX_NORM\) => , 1e-2)
 
 the learning rate does not fall | sft.py train | –
@@ -127,9 +115,6 @@ the learning rate does not fall | sft.py train | –
 # instruction tuning, the base model, the data
 a mean of row means: short answers weigh more | sft.py sft_loss | nanochat#59
     lambda logprobs, mask: -((logprobs * mask).sum(1) / mask.sum(1)).mean()
-
-base: a window's first token, which nothing predicts, counts | sft.py raw_windows | –
-    > 0 => >= 0
 
 held-out rows train too | common.py split | – | sft
     lambda rows, own: (rows, old(rows, own)[1])
@@ -150,21 +135,9 @@ a loss of NaN is skipped in silence | common.py Run.log | –
 a seed for torch, none for Python | common.py seed_all | – | dpo
     lambda seed: torch.manual_seed(seed)
 
-an input made on the way has another seed | common.py make | –
-    str\(\w+\.seed\) => "0"
-
 # the reward model
 chosen and rejected the wrong way round | reward_model.py bradley_terry_loss | –
     lambda chosen, rejected, margin=0.0: old(rejected, chosen, margin)
-
-a margin to the other side | reward_model.py bradley_terry_loss | –
-    lambda chosen, rejected, margin=0.0: old(chosen, rejected, -margin)
-
-r is 0 at chosen answers, not at demonstrations | reward_model.py center | arXiv 2403.17031
-    if \w+\.data => if True
-
-a head of zeros | common.py scalar_copy | lm-human-preference-details | reward_model
-    lambda model: (lambda copy: (nn.init.zeros_(copy.scalar.weight), copy)[1])(old(model))
 
 policy and critic share a trunk | common.py scalar_copy | transformers#31467 | ppo
     lambda model: (lambda copy: (setattr(copy, "blocks", model.blocks), copy)[1])(old(model))
@@ -177,17 +150,10 @@ the control prefers what scores well | rejection_sampling.py random_per_prompt |
     lambda rewards, generator=None: torch.multinomial(
     rewards.softmax(1), 1, generator=generator)[:, 0]
 
-every round samples from π_ref | rejection_sampling.py train | –
-    sample_answers\(\s*\w+ => sample_answers(reference
-
 # DPO
 chosen and rejected the wrong way round | dpo.py dpo | –
     lambda chosen, rejected, beta, label_smoothing=0.0: old(
     rejected, chosen, beta, label_smoothing)
-
-β outside of the sigmoid | dpo.py dpo | –
-    lambda chosen, rejected, beta, label_smoothing=0.0: beta * old(
-    chosen, rejected, 1.0, label_smoothing)
 
 no π_ref in the log-ratio | dpo.py train | DPO#34
     = \((\w+) - \w+\)\.unbind => = \1.unbind
@@ -198,10 +164,6 @@ log π of an answer is a mean over tokens | dpo.py response_logprobs | DPO#40
 IPO aims at a gap of 1/τ | dpo.py ipo | –
     lambda chosen, rejected, beta, label_smoothing=0.0: old(
     chosen, rejected, beta / 2, label_smoothing)
-
-the hinge stops at a gap of 1 nat | dpo.py hinge | –
-    lambda chosen, rejected, beta, label_smoothing=0.0: old(
-    chosen, rejected, 1.0, label_smoothing)
 
 --label-smoothing does not arrive | dpo.py train | trl#1655
     , \w+\.label_smoothing =>
@@ -225,9 +187,6 @@ KL is a mean over tokens | ppo.py response_return | trl#3104
 gae: the score lands one token early | ppo.py token_rewards | trl#1893
     == 1 => == 2
 
-a reader's reward is told that every answer ended | common.py load_reward | –
-    (\w+)\.finished\.tolist\(\) => [True] * len(\1.finished)
-
 a reader's reward is given answers as prompts | common.py load_reward | –
     "prompts", "completions" => "completions", "prompts"
 
@@ -246,9 +205,6 @@ advantages are whitened | ppo.py estimate_advantages | lm-human-preference-detai
 
 answers to a prompt do not stand together | ppo.py train | –
     \[(\w+) for \1 in (\w+) for _ in range\((.*?)\)\] => [\1 for _ in range(\3) for \1 in \2]
-
-V(x) is read behind the first token of y | ppo.py train | –
-    \.cumsum\(1\) == 1 => .cumsum(1) == 2
 
 V starts as noise | ppo.py main | trl#1783
     torch\.nn\.init\.zeros_\(.*?\) => pass
@@ -276,19 +232,10 @@ the reference moves with the policy | ppo.py train | trl#1340
 J is logged without its KL | ppo.py measure | –
     lambda *given: (lambda row: row | {"J": row["reward"]})(old(*given))
 
-kl is logged per token | ppo.py measure | –
-    lambda *given: (lambda row: row | {"kl": row["kl"] / row["length"]})(old(*given))
-
 every ρ outside of 1 ± ε counts as clipped | ppo.py surrogate | –
     lambda logprobs, old_logprobs, advantages, clip: (
     old(logprobs, old_logprobs, advantages, clip)[0],
     (((logprobs - old_logprobs).exp() - 1).abs() > clip) & (advantages == advantages))
-
-the check of the start sees ρ > 1 alone | ppo.py measure | –
-    torch\.maximum\((\w+\[0\]), 1 / \1\) => \1
-
-the trace follows another prompt every time | ppo.py draw | –
-    lambda cfg, prompts: (x[::-1] for x in old(cfg, prompts))
 
 the trace shows r of other answers | ppo.py trace | –
     lambda *given: (lambda found: found | {"answers": [y | {"r": other["r"]}
@@ -304,14 +251,8 @@ a tie is won | common.py win_rate | –
 the standard error takes all answers as independent | common.py standard_error | –
     lambda values, groups: old(values, list(range(len(groups))))
 
-all runs of the table share their noise | common.py closing_table | –
-    seed=zlib\.crc32\(.*?\)\) => seed=0
-
 best-of-n: a tie has a winner | tools/report.py best_of_n | arXiv 2401.01879
     lambda r, n: old(r.argsort(dim=1, stable=True).argsort(1), n)
-
-best-of-n: KL = log n | tools/report.py frontier | –
-    - \((\w+) - 1\) / \1 =>
 
 π* with β upside down | tools/report.py frontier | –
     / (\w+)\)\.softmax => * \1).softmax
