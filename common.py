@@ -75,6 +75,9 @@ def collate(rows: list[tuple[list[int], list[int]]], device=None) -> tuple[Tenso
 
 
 # ----------------------------------------------------------------------------- Transformer
+# A Llama-style model, and one trick for speed: rows that begin alike share work. Skip the trick
+# on a first reading: suppose that every position is a node of its own. Then n = B·T, `node` and
+# `place` are both 0 … B·T − 1, and `pick` only changes a shape.
 
 
 @dataclass
@@ -94,32 +97,33 @@ class ModelConfig:
 
 def prefix_tree(tokens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """The prefixes of a batch form a tree: a node is a distinct prefix. A causal model's state
-    at a position depends on the prefix that ends there alone, so rows that begin alike, such
-    as N answers to one prompt, share their first states. Each is worked out once:
+    at a position depends only on the tokens up to it, so rows that begin alike, such as N
+    answers to one prompt, have the same states there. Norms, linear layers and MLP run once a
+    node; attention runs at every position of every row.
 
         tokens   where does the owl live      node   0 1 2 3 4
-                 where does the fox PAD              0 1 2 5 ·
+                 where does the fox PAD              0 1 2 5 6
 
     Returns node (B, T), the node at each position, and place (n,), for each node one flat
     position b·T + t where it stands. After a row's last True in `keep` (B, T) nothing is asked
-    for: all those positions are one node (the dot)."""
+    for: all those positions of the batch are one node (here 6)."""
     B, T = tokens.shape
-    # A hash of each prefix: its tokens times random numbers, summed; int64 wraps around. Odd,
-    # so that no token is lost in the product; + 1, as token 0 would add nothing. Two of n
-    # prefixes have the same hash with a chance of about n²/2⁶⁵.
+    # A hash of each prefix: its tokens times random numbers, summed; int64 wraps round. Odd,
+    # so that two tokens never give the same product; + 1, as token 0 would add nothing. Two
+    # of n prefixes have the same hash with a chance of about n²/2⁶³.
     odd = torch.randint(2**62, (T,), generator=torch.Generator().manual_seed(0)) * 2 + 1
     number = ((tokens + 1) * odd.to(tokens.device)).cumsum(1)
     needed = keep.flip(1).cumsum(1).flip(1) > 0  # a True here or later
     distinct, node = number.where(needed, 0).unique(return_inverse=True)
     flat = torch.arange(B * T, device=tokens.device)
-    # the last of all positions, so that every device picks the same one
+    # of a node's positions the last: any would do, but every device must take the same
     place = torch.zeros_like(distinct).scatter_reduce_(0, node.flatten(), flat, "amax")
     return node, place
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] for rows of x; F.embedding is the same with a faster backward. pick(x, node)
-    takes nodes to positions, pick(x, place) positions to nodes."""
+    """x[index] for rows of x; F.embedding is the same with a faster backward. It takes nodes
+    to positions, pick(x, node), and positions to nodes, pick(x, place)."""
     return F.embedding(index, x)
 
 
@@ -137,17 +141,19 @@ class Block(nn.Module):
         self.down = nn.Linear(c.hidden, c.channels, bias=False)
 
     def forward(self, x: Tensor, cos, sin, future, node, to, cache=None) -> Tensor:
-        """x (n, C), one row a node -> (m, C), one row for each flat position in `to`: place,
-        which is nodes again, or in the last block the positions that are asked for."""
+        """x (n, C) has one row per node, the result (m, C) one for each flat position in `to`.
+        All blocks but the last return every node: `to` is place. The last returns the
+        positions that are asked for."""
         (B, T), H, K, D = node.shape, self.heads, self.kv_heads, cos.shape[-1]
         qkv = self.qkv(self.attention_norm(x)).view(len(x), H + 2 * K, D)
         qk, v = qkv.split((H + K, K), 1)
-        qk = qk * cos + qk.roll(D // 2, -1) * sin  # rotary; the minus is in sin
-        # attention needs whole rows: from nodes to positions
+        # rotary; cos and sin (n, 1, D): a node has one position, as equal prefixes are as long
+        qk = qk * cos + qk.roll(D // 2, -1) * sin
+        # attention needs whole rows: copy each node's q, k, v to every position where it stands
         qkv = pick(torch.cat((qk, v), 1).flatten(1), node).view(B, T, -1, D).transpose(1, 2)
         q, k, v = qkv.split((H, K, K), 1)  # (B, heads, T, D)
-        if cache is not None:  # (2, B, K, longest, D); these T tokens are the newest
-            stop = future.shape[1]
+        if cache is not None:  # (2, B, K, room, D): write these T keys and values, read all
+            stop = future.shape[1]  # start + T
             cache[0, :, :, stop - T : stop], cache[1, :, :, stop - T : stop] = k, v
             k, v = cache[0, :, :, :stop], cache[1, :, :, :stop]
         if H != K:  # groups of query heads share a key and value head
@@ -155,7 +161,8 @@ class Block(nn.Module):
         # y = softmax(q kᵀ / √D) v; `future` (T, stop) is −∞ where the key is after the query
         y = ((q * D**-0.5) @ k.transpose(-1, -2) + future).softmax(-1) @ v
         y = y.transpose(1, 2).reshape(B * T, -1)
-        # and back from positions; if `to` is place, the first term is x itself
+        # back to the positions in `to`. y has a row for each position, x for each node: look
+        # up the node first (with `to` = place that gives x itself)
         x = pick(x, node.flatten()[to]) + self.out(pick(y, to))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
@@ -163,8 +170,7 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """tokens (B, T) -> logits (B, T, V) with head "lm" (tied to the embedding), or
-    -> one number per position (B, T) with head "scalar", minus the saved `offset`. The tree of
-    prefixes changes nothing but the speed: read it first as if every position were a node."""
+    -> one number per position (B, T) with head "scalar", minus the saved `offset`."""
 
     def __init__(self, config: ModelConfig, head: str = "lm"):
         super().__init__()
@@ -197,9 +203,10 @@ class Transformer(nn.Module):
         return self.embed.weight.device
 
     def forward(self, tokens: Tensor, keep=None, cache=None, start: int = 0) -> Tensor:
-        """tokens (B, T) at positions start, start + 1, …: the outputs of all positions, or
-        with `keep` (B, T), bool, of its m True positions alone: (m, V) or (m,). `cache` holds
-        the keys and values of what stands before start."""
+        """tokens (B, T) stand at positions start, start + 1, … Returns an output for each; or
+        with `keep` (B, T), bool, only for the m positions where it is True: (m, V) or (m,).
+        `cache` holds the keys and values of positions before start; those of `tokens` are
+        added to it, in place."""
         (B, T), flat = tokens.shape, torch.arange(tokens.numel(), device=tokens.device)
         asked = flat if keep is None else keep.flatten().nonzero().squeeze(1)
         if start:  # `tokens` lacks the beginnings, so nothing is known to be shared
@@ -246,9 +253,9 @@ def generate(
 ) -> Rollout:
     """Sample one response to each of B prompts, all in one batch with a KV cache.
 
-    All rows stand at the same position t: a row still in its prompt copies its own token t, the
-    others sample one. So there is no left padding and no mask of padding. While no row
-    samples, t jumps to the end of the next prompt, and what lies between is read at once."""
+    All rows stand at the same position t: a row still in its prompt copies its own token t, a
+    row that answers samples one. So there is no left padding and no mask of padding. While no
+    row samples, t jumps to the next prompt's end, and what lies between is read at once."""
     c, device, B = model.config, model.device, len(prompts)
     start, T = min(map(len, prompts)), max(map(len, prompts)) + max_new_tokens
     if start < 1 or max_new_tokens < 1 or temperature <= 0 or c.context < T:
@@ -260,8 +267,9 @@ def generate(
     u = torch.rand(B, T, dtype=model.embed.weight.dtype).to(device)
     mask, logprobs = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(u)
     cache = u.new_empty(c.layers, 2, B, c.kv_heads, T, c.channels // c.heads)
-    rows = torch.arange(B, device=device)  # those still in the batch; they leave in groups,
-    over = torch.zeros_like(mask[:, 0])  # so some of them have ended with EOS, or were cut
+    # rows: those still in the batch. over: those of them that have ended, with EOS or cut;
+    # they stay until enough have ended, then leave together
+    rows, over = torch.arange(B, device=device), torch.zeros_like(mask[:, 0])
     read, t = 0, start
     while True:
         new = tokens[rows, read:t]  # what stands before is in the cache
@@ -557,19 +565,15 @@ class Run:
     def log(self, **row: float | Tensor | None) -> dict:
         """A row of metrics.csv, returned as floats. None, and a gold reward of NaN, which
         means outside the zoo, are empty cells; any other number must be finite."""
-        for key, value in row.items():
-            row[key] = value.detach().item() if isinstance(value, Tensor) else value
-            if key.endswith("gold") and row[key] != row[key]:
-                row[key] = None
-        known = {key: value for key, value in row.items() if value is not None}
-        if bad := [key for key, value in known.items() if not math.isfinite(value)]:
-            said = "  ".join(f"{key} {value:.3g}" for key, value in known.items())
-            fail(
-                f"{self.folder.name}, step {len(self.rows)}: {bad[0]} is not finite: {said}", 1
-            )
-        cells = {key: "" if value is None else f"{value:.6g}" for key, value in row.items()}
-        self.rows.append({"step": len(self.rows)} | cells)
+        row = {key: x.item() if isinstance(x, Tensor) else x for key, x in row.items()}
+        known = {key: x for key, x in row.items() if x is not None}
+        known = {key: x for key, x in known.items() if not (key.endswith("gold") and x != x)}
         said = "  ".join(f"{key} {known[key]:.3g}" for key in self.show if key in known)
+        for key, value in known.items():
+            if not math.isfinite(value):
+                fail(f"{self.folder.name}, step {len(self.rows)}: {key} is {value}; {said}", 1)
+        cells = {key: f"{known[key]:.6g}" if key in known else "" for key in row}
+        self.rows.append({"step": len(self.rows)} | cells)
         self.bar.set_postfix_str(said, refresh=False)
         self.bar.update()
         if self.bar.disable and len(self.rows) % max(1, self.steps // 10) == 0:
