@@ -5,8 +5,9 @@ selection rules are in the scripts.
     files · runs · inputs · closing table · command line                       the second
 
 Shapes: B rows, T positions, V vocabulary, C channels, N samples per prompt, M prompts.
-Every (B, T) tensor is aligned with `tokens`: column t is about token t. (Inside the Transformer
-an output at position t has read token t; `_outputs_before` moves it to column t + 1.)
+Every (B, T) tensor is aligned with `tokens`: column t is about token t. (What the Transformer
+returns at position t has read token t; `_outputs_before` moves it to column t + 1. Inside it:
+n nodes, m positions asked for.)
 """
 
 import argparse
@@ -213,6 +214,7 @@ class Transformer(nn.Module):
             node, place = flat.view(B, T), flat
         else:
             node, place = prefix_tree(tokens, torch.ones_like(tokens) if keep is None else keep)
+        # equal prefixes are as long, so a node stands in one column only: place % T
         x, position = self.embed(tokens.flatten()[place]), start + place % T  # (n, C), (n,)
         cos, sin = self.cos[position, None], self.sin[position, None]
         future = x.new_full((T, start + T), -math.inf).triu(start + 1)
@@ -254,11 +256,12 @@ def generate(
     """Sample one response to each of B prompts, all in one batch with a KV cache.
 
     All rows stand at the same position t: a row still in its prompt copies its own token t, a
-    row that answers samples one. So there is no left padding and no mask of padding. While no
-    row samples, t jumps to the next prompt's end, and what lies between is read at once."""
+    row that answers samples one, a row that has ended keeps PAD. So there is no left padding
+    and no mask of padding. While no row samples, t jumps to the next prompt's end, and what
+    lies between is read at once."""
     c, device, B = model.config, model.device, len(prompts)
-    start, T = min(map(len, prompts)), max(map(len, prompts)) + max_new_tokens
-    if start < 1 or max_new_tokens < 1 or temperature <= 0 or c.context < T:
+    shortest, T = min(map(len, prompts)), max(map(len, prompts)) + max_new_tokens
+    if shortest < 1 or max_new_tokens < 1 or temperature <= 0 or c.context < T:
         raise ValueError("generate: empty prompt, no new tokens, temperature ≤ 0, or too long")
     tokens = torch.tensor([p + [PAD] * (T - len(p)) for p in prompts], device=device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -270,12 +273,12 @@ def generate(
     # rows: those still in the batch. over: those of them that have ended, with EOS or cut;
     # they stay until enough have ended, then leave together
     rows, over = torch.arange(B, device=device), torch.zeros_like(mask[:, 0])
-    read, t = 0, start
+    read, t = 0, shortest
     while True:
         new = tokens[rows, read:t]  # what stands before is in the cache
         last = torch.zeros_like(new, dtype=torch.bool)
         last[:, -1] = True
-        p = (model(new, last, cache, read) / temperature).softmax(-1)  # (rows, V)
+        p = (model(new, last, cache, start=read) / temperature).softmax(-1)  # (rows, V)
         # inverse CDF: the first token whose cumulative probability exceeds u
         cdf = p.cumsum(-1)
         token = torch.searchsorted(cdf, u[rows, t, None] * cdf[:, -1:], right=True)
