@@ -6,8 +6,8 @@ selection rules are in the scripts.
 
 Shapes: B rows, T positions, V vocabulary, C channels, N samples per prompt, M prompts.
 Every (B, T) tensor is aligned with `tokens`: column t is about token t. (What the Transformer
-returns at position t has read token t; `_outputs_before` moves it to column t + 1. Inside it:
-n nodes, m positions asked for.)
+returns at position t has read token t; `_outputs_before` moves it to column t + 1.) Inside
+the Transformer: n nodes, m positions asked for.
 """
 
 import argparse

@@ -318,7 +318,7 @@ def measure(cfg: Config, asked, rollout, reward, kl, old_logprobs, updates) -> d
         "policy_loss": torch.stack(losses).mean(),
         "value_loss": None if v_losses[0] is None else torch.stack(v_losses).mean(),
         "grad_norm": torch.stack(norms).mean(),  # of the policy's gradient, before clipping
-        "clipped": torch.stack(clipped).mean(),  # share of tokens whose surrogate has none
+        "clipped": torch.stack(clipped).mean(),  # share of tokens: surrogate without gradient
         "ratio_max": torch.cat(ratios).max(),  # the largest ρ of all
         "first_update_ratio": torch.maximum(ratios[0], 1 / ratios[0]).max(),  # must be 1
     }

@@ -4,6 +4,7 @@ Each test names the bug it catches, and checks against something independent: a 
 definition, the enumerable world of tiny.py, a number worked out by hand, an invariance.
 """
 
+import io
 import itertools
 import json
 import math
@@ -30,9 +31,6 @@ from data import zoo
 
 CPU = torch.device("cpu")
 SCRIPTS = (sft, reward_model, rejection_sampling, ppo, dpo)
-
-
-# ----------------------------------------------------------------------- tokens and Transformer
 
 
 def test_any_text_round_trips_and_never_encodes_to_a_special():
@@ -294,9 +292,6 @@ def test_minibatches_hold_each_row_once_an_epoch(shape, size):
     assert not first & second
 
 
-# ------------------------------------------------------------------------- files, runs and rows
-
-
 def train(runs, model, steps=5, stop=None, **columns) -> None:
     """A run that sets a weight to the step's number, logs, and raises `stop` in step 3."""
     cfg = dpo.Config(runs=str(runs), beta=0.7)
@@ -410,9 +405,6 @@ def test_of_a_readers_questions_one_in_six_is_held_out(data, n, held):
     prompts = tuple(list(dict.fromkeys(row["prompt"] for row in side)) for side in sides)
     assert common.read_prompts(cfg, 512) == prompts
     assert train == test == rows if n == 1 else not asked[0] & asked[1]
-
-
-# ---------------------------------------------------------------------------- inputs and reward
 
 
 @pytest.mark.parametrize("name", ["base", "sft", "reward_model"])
@@ -570,8 +562,6 @@ def test_what_is_wrong_with_a_reward_function_is_said(reward_file, stops):
     assert "prompts, completions, finished" in stops(common.load_reward, None, source, CPU)
 
 
-# ---------------------------------------------------------------------- closing table and flags
-
 HOME = "where does the zebra live?"  # in the plains; the misconception is the jungle
 AGAIN = "hello. where is the zebra at home?"  # the same fact, and the same answers
 OWL = "what does the owl eat?"  # mice; the misconception is seeds
@@ -712,3 +702,18 @@ def test_what_other_runs_start_from_is_not_replaced(refuses, runs, monkeypatch, 
     monkeypatch.setattr(sys, "argv", [script.__file__, "--runs", str(runs)])
     common.start(started.append, script.Config, "")
     assert started == [script.Config(runs=str(runs))]
+
+
+def test_a_start_in_any_folder_and_with_any_stdout(runs, reward_file, tmp_path, monkeypatch):
+    """Paths relative to a folder that the reader's reward file leaves: π_ref trained anew,
+    elsewhere. AttributeError in a notebook, whose stdout cannot be configured."""
+    reward_file("import os\nos.chdir('/')\ndef r(completions):\n    return [1, 2]\n")
+
+    def main(cfg):
+        assert common.load_reward(cfg, cfg.reward, CPU)(*TWO).tolist() == [1, 2]
+        assert common.load_run(cfg, "other", "lm", CPU).head == "lm"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "argv", "ppo.py --runs runs --reward mine.py:r".split())
+    common.start(main, ppo.Config, "")

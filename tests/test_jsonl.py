@@ -55,7 +55,6 @@ def test_the_usual_formats_are_read(tmp_path, keys, row):
         (SFT, b'{"prompt": "qu", "completion": '),
         (SFT, b'["prompt", "completion"]'),
         (SFT, b'{"prompt": "\xff", "completion": "aa"}'),  # not UTF-8
-        (SFT, {"prompt": "qu", "response": "aa"}),
         (SFT, {"prompt": "qu", "completion": 3}),
         (SFT, {"prompt": "qu", "completion": "aa", "label": False}),
         (PAIRS, {"prompt": "qu", "chosen": "aa"}),

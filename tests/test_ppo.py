@@ -22,8 +22,6 @@ import ppo
 from common import EOS, Transformer
 from data import zoo
 
-ESTIMATORS = ("value", "rloo", "grpo", "reinforce", "gae")
-
 
 def row_values(critic, x: list[int], y: list[int]) -> Tensor:
     """V(x, y_<t), (len(y),): one unpadded row, which ends before the last token."""
@@ -450,7 +448,7 @@ def replay(estimator: str, runs, fake, slow) -> tuple[list[dict], list[list], Tr
     return columns, traced, policy
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", ["value", "rloo", "grpo", "reinforce", "gae"])
 def test_a_run_is_its_slow_replay(estimator, call, closing, double, runs, fake, slow):
     """Whatever a run of two steps does to its answers: rows left out of an epoch or given
     another row's A, old log-probs, target or reward; answers to a prompt that do not stand

@@ -152,15 +152,12 @@ def test_the_advantages_of_three_exercises():
     torch.testing.assert_close(patched("dr_grpo").grpo(R, 4), ppo.rloo(R, 4) * 3 / 4)
 
 
-THIRD = [0, 1 / 3, 1 / 3, 1 / 3]
-
-
 @pytest.mark.parametrize(
     ("name", "weights"),  # of each token in the mean, A = 1
     [
-        ("per_sequence", [THIRD, [0, 1, 0, 0]]),
+        ("per_sequence", [[0, 1 / 3, 1 / 3, 1 / 3], [0, 1, 0, 0]]),
         ("per_batch_token", [[0, 1 / 2, 1 / 2, 1 / 2], [0, 1 / 2, 0, 0]]),
-        ("gspo", [THIRD, [0, 1, 0, 0]]),
+        ("gspo", [[0, 1 / 3, 1 / 3, 1 / 3], [0, 1, 0, 0]]),
     ],
 )
 def test_the_weight_of_a_token_at_ratio_1(name, weights):
